@@ -1,0 +1,37 @@
+"""Kernels: one schema an op, native code compiled on first use, and a plain-torch fallback that is always there."""
+
+from __future__ import annotations
+
+from edgetune.kernels.geometry import is_channels_last
+from edgetune.kernels.ops import (
+    NAMES,
+    bits_count,
+    mask_apply,
+    mask_count,
+    mask_pack,
+    masked_patch_mean,
+    max_pool,
+    max_pool_backward,
+    patch_mean,
+    patch_mean_count,
+    patch_spread,
+    tap_spread,
+    tap_sum,
+)
+
+__all__ = [
+    "NAMES",
+    "bits_count",
+    "is_channels_last",
+    "mask_apply",
+    "mask_count",
+    "mask_pack",
+    "masked_patch_mean",
+    "max_pool",
+    "max_pool_backward",
+    "patch_mean",
+    "patch_mean_count",
+    "patch_spread",
+    "tap_spread",
+    "tap_sum",
+]

@@ -1,0 +1,147 @@
+"""Every kernel in plain torch: runs on any device and float type, and is what the native code is tested against.
+
+Half-precision inputs are summed and compared in float32; float64 stays float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgetune.kernels.geometry import Pool, ceil_div, count_dtype, dense, is_channels_last, memory_format
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The elements of `x` in memory order."""
+    x = dense(x)
+    return (x.permute(0, 2, 3, 1) if is_channels_last(x) else x).reshape(-1)
+
+
+def _cells(x: Tensor, cell_h: int, cell_w: int) -> Tensor:
+    """x (n c h w) cut into cells: (n c P cell_h Q cell_w), zero where a border cell is short."""
+    n, c, h, w = x.shape
+    p, q = ceil_div(h, cell_h), ceil_div(w, cell_w)
+    return F.pad(x, (0, q * cell_w - w, 0, p * cell_h - h)).reshape(n, c, p, cell_h, q, cell_w)
+
+
+def _cell_size(size: int, cell: int, like: Tensor) -> Tensor:
+    """Pixels of each cell along one axis: `cell`, and what is left for the last one."""
+    starts = torch.arange(0, size, cell, device=like.device)
+    return (size - starts).clamp(max=cell).to(like.dtype)
+
+
+def _inside(x: Tensor, low: float, high: float) -> Tensor:
+    wide = _wide(x)
+    return (wide > low) & (wide < high)
+
+
+def _unpack(bits: Tensor, elements: int) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits[:, None] >> shifts & 1).reshape(-1)[:elements].bool()
+
+
+def _unpack_as(bits: Tensor, shape: torch.Size | tuple[int, ...], channels_last: bool) -> Tensor:
+    flat = _unpack(bits, torch.Size(shape).numel())
+    if not channels_last:
+        return flat.reshape(shape)
+    n, c, h, w = shape
+    return flat.reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def patch_mean(x: Tensor, cell_h: int, cell_w: int) -> Tensor:
+    if x.numel() == 0:
+        return x.new_empty(*x.shape[:2], ceil_div(x.shape[2], cell_h), ceil_div(x.shape[3], cell_w))
+    wide = _wide(x)
+    sizes = _cell_size(x.shape[2], cell_h, wide)[:, None] * _cell_size(x.shape[3], cell_w, wide)
+    return (_cells(wide, cell_h, cell_w).sum((3, 5)) / sizes).to(x.dtype).contiguous()
+
+
+def patch_spread(v: Tensor, h: int, w: int, cell_h: int, cell_w: int, channels_last: bool = False) -> Tensor:
+    n, c, p, q = v.shape
+    out = torch.empty((n, c, h, w), dtype=v.dtype, device=v.device, memory_format=memory_format(channels_last))
+    tall = v[:, :, :, None, :, None].expand(n, c, p, cell_h, q, cell_w).reshape(n, c, p * cell_h, q * cell_w)
+    return out.copy_(tall[:, :, :h, :w])
+
+
+def mask_pack(x: Tensor, low: float, high: float) -> Tensor:
+    inside = _inside(_flat(x), low, high).to(torch.uint8)
+    octets = F.pad(inside, (0, -inside.numel() % 8)).reshape(-1, 8)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
+    return (octets * weights).sum(1, dtype=torch.uint8)
+
+
+def mask_apply(g: Tensor, bits: Tensor) -> Tensor:
+    g = dense(g)
+    keep = _unpack_as(bits, g.shape, is_channels_last(g))
+    out = torch.empty_like(g, memory_format=memory_format(is_channels_last(g)))
+    return out.copy_(torch.where(keep, g, 0))
+
+
+def _count(inside: Tensor, cell_h: int, cell_w: int) -> Tensor:
+    counts = _cells(inside.to(torch.uint8), cell_h, cell_w).sum((3, 5), dtype=torch.int32)
+    return counts.to(count_dtype(cell_h, cell_w)).contiguous()
+
+
+def mask_count(x: Tensor, low: float, high: float, cell_h: int, cell_w: int) -> Tensor:
+    return _count(_inside(x, low, high), cell_h, cell_w)
+
+
+def bits_count(bits: Tensor, n: int, c: int, h: int, w: int, cell_h: int, cell_w: int,
+               channels_last: bool = False) -> Tensor:
+    return _count(_unpack_as(bits, (n, c, h, w), channels_last), cell_h, cell_w)
+
+
+def masked_patch_mean(g: Tensor, bits: Tensor, cell_h: int, cell_w: int) -> Tensor:
+    return patch_mean(mask_apply(g, bits), cell_h, cell_w)
+
+
+def patch_mean_count(x: Tensor, low: float, high: float, cell_mean_h: int, cell_mean_w: int,
+                     cell_count_h: int, cell_count_w: int) -> tuple[Tensor, Tensor]:
+    return patch_mean(x, cell_mean_h, cell_mean_w), mask_count(x, low, high, cell_count_h, cell_count_w)
+
+
+def tap_sum(w: Tensor) -> Tensor:
+    return _wide(w).sum((2, 3)).to(w.dtype).contiguous()
+
+
+def tap_spread(gw: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
+    return gw.new_empty(*gw.shape, kernel_h, kernel_w).copy_(gw[:, :, None, None])
+
+
+def max_pool(x: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
+             dil_h: int, dil_w: int, ceil_mode: bool) -> tuple[Tensor, Tensor]:
+    x = dense(x)
+    n, c, h, w = x.shape
+    pool = Pool(kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w)
+    order = memory_format(is_channels_last(x))
+    p, q = pool.out_size(h, w, ceil_mode)
+    if x.numel() == 0:
+        y = torch.empty((n, c, p, q), dtype=x.dtype, device=x.device, memory_format=order)
+        return y, torch.empty_like(y, dtype=torch.uint8)
+    y, flat = F.max_pool2d(x, (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w),
+                           ceil_mode, return_indices=True)
+    top = torch.arange(p, device=x.device)[:, None] * stride_h - pad_h
+    left = torch.arange(q, device=x.device) * stride_w - pad_w
+    row = torch.div(flat // w - top, dil_h, rounding_mode="floor")
+    column = torch.div(flat % w - left, dil_w, rounding_mode="floor")
+    index = (row * kernel_w + column).to(torch.uint8)
+    return y.contiguous(memory_format=order), index.contiguous(memory_format=order)
+
+
+def max_pool_backward(gy: Tensor, index: Tensor, h: int, w: int, kernel_h: int, kernel_w: int, stride_h: int,
+                      stride_w: int, pad_h: int, pad_w: int, dil_h: int, dil_w: int) -> Tensor:
+    n, c, p, q = index.shape
+    position = index.long()
+    row = torch.div(position, kernel_w, rounding_mode="floor") * dil_h
+    row = row + torch.arange(p, device=gy.device)[:, None] * stride_h - pad_h
+    column = position % kernel_w * dil_w + torch.arange(q, device=gy.device) * stride_w - pad_w
+    gx = torch.zeros((n, c, h * w), dtype=_wide(gy).dtype, device=gy.device)
+    gx.scatter_add_(2, (row * w + column).reshape(n, c, p * q), _wide(gy).reshape(n, c, p * q))
+    out = torch.empty((n, c, h, w), dtype=gy.dtype, device=gy.device,
+                      memory_format=memory_format(is_channels_last(index)))
+    return out.copy_(gx.reshape(n, c, h, w))

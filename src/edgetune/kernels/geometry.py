@@ -1,0 +1,95 @@
+"""Shapes and memory orders that the kernels, their fallbacks and their meta versions agree on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from edgetune.errors import EdgetuneError
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Integers only: the smallest q with q*b >= a."""
+    return (a + b - 1) // b
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """True if a kernel will walk `x` in (n h w c) order: x is (n c h w), dense that way, and not contiguous.
+
+    Anything else is walked in (n c h w) order, after a copy where it isn't dense (an expanded gradient, a slice).
+    """
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x` itself where it is contiguous or channels_last, else a contiguous copy."""
+    return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
+
+
+def check_cells(x: Tensor, cell_h: int, cell_w: int) -> None:
+    """Raises EdgetuneError unless x has axes (n c h w) and the cell is at least one pixel."""
+    if x.dim() != 4:
+        raise EdgetuneError(f"a tensor of shape {tuple(x.shape)} has no patch grid: give axes (n c h w)")
+    if cell_h < 1 or cell_w < 1:
+        raise EdgetuneError(f"a cell of {cell_h}x{cell_w} pixels is empty: give at least 1x1")
+
+
+def check_bits(bits: Tensor, elements: int) -> None:
+    """Raises EdgetuneError unless `bits` is the packed mask of `elements` elements."""
+    if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.shape[0] != (elements + 7) // 8:
+        raise EdgetuneError(f"a packed mask of shape {tuple(bits.shape)} and type {bits.dtype} doesn't belong to "
+                            f"{elements} elements: give the uint8 tensor that mask_pack made")
+
+
+def count_dtype(cell_h: int, cell_w: int) -> torch.dtype:
+    """The narrowest type that holds a count of a cell's pixels."""
+    return torch.uint8 if cell_h * cell_w <= 255 else torch.int32
+
+
+class Pool(NamedTuple):
+    """Geometry of a max-pool, in pixels: kernel, stride, padding on both sides, dilation; rows then columns."""
+
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dil_h: int
+    dil_w: int
+
+    def check(self, x: Tensor) -> None:
+        """Raises EdgetuneError where x isn't (n c h w) or a window position doesn't fit one byte."""
+        if x.dim() != 4:
+            raise EdgetuneError(f"a tensor of shape {tuple(x.shape)} can't be pooled: give axes (n c h w)")
+        if min(self.kernel_h, self.kernel_w, self.stride_h, self.stride_w, self.dil_h, self.dil_w) < 1:
+            raise EdgetuneError(f"{self} has a kernel, stride or dilation below 1: give at least 1")
+        if self.kernel_h * self.kernel_w > 256:
+            raise EdgetuneError(f"a window of {self.kernel_h}x{self.kernel_w} has positions beyond one byte: "
+                                "keep torch's max_pool2d for this layer")
+        for kernel, pad, dil in ((self.kernel_h, self.pad_h, self.dil_h), (self.kernel_w, self.pad_w, self.dil_w)):
+            if pad < 0 or pad > ((kernel - 1) * dil + 1) // 2:
+                raise EdgetuneError(f"padding {pad} leaves windows of {kernel} pixels empty: "
+                                    "pad by at most half of the window")
+
+    def out_size(self, h: int, w: int, ceil_mode: bool) -> tuple[int, int]:
+        """Rows and columns of the pooled map; the same rule as torch. Raises EdgetuneError where none is left."""
+        p = _pooled(h, self.kernel_h, self.stride_h, self.pad_h, self.dil_h, ceil_mode)
+        q = _pooled(w, self.kernel_w, self.stride_w, self.pad_w, self.dil_w, ceil_mode)
+        if p < 1 or q < 1:
+            raise EdgetuneError(f"a {h}x{w} map is smaller than the pooling window {self}: pool a larger map")
+        return p, q
+
+
+def _pooled(size: int, kernel: int, stride: int, pad: int, dil: int, ceil_mode: bool) -> int:
+    room = size + 2 * pad - dil * (kernel - 1) - 1
+    out = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (out - 1) * stride >= size + pad:
+        out -= 1  # a window that would start in the padding to the right is dropped
+    return out

@@ -1,0 +1,103 @@
+"""What every kernel returns, without the numbers: runs on meta and fake tensors, and checks the arguments.
+
+The real kernels call these checks too, so that a plan tried on meta tensors is refused just as a run would be.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgetune.errors import EdgetuneError
+from edgetune.kernels.geometry import (
+    Pool,
+    ceil_div,
+    check_bits,
+    check_cells,
+    count_dtype,
+    dense,
+    is_channels_last,
+    memory_format,
+)
+
+
+def _grid(x: Tensor, cell_h: int, cell_w: int, dtype: torch.dtype) -> Tensor:
+    check_cells(x, cell_h, cell_w)
+    n, c, h, w = x.shape
+    return torch.empty((n, c, ceil_div(h, cell_h), ceil_div(w, cell_w)), dtype=dtype, device=x.device)
+
+
+def patch_mean(x: Tensor, cell_h: int, cell_w: int) -> Tensor:
+    return _grid(x, cell_h, cell_w, x.dtype)
+
+
+def patch_spread(v: Tensor, h: int, w: int, cell_h: int, cell_w: int, channels_last: bool = False) -> Tensor:
+    check_cells(v, cell_h, cell_w)
+    n, c, p, q = v.shape
+    if p != ceil_div(h, cell_h) or q != ceil_div(w, cell_w):
+        raise EdgetuneError(f"a {p}x{q} grid doesn't cover {h}x{w} pixels in cells of {cell_h}x{cell_w}: "
+                            "give the sizes that patch_mean was called with")
+    return torch.empty((n, c, h, w), dtype=v.dtype, device=v.device, memory_format=memory_format(channels_last))
+
+
+def mask_pack(x: Tensor, low: float, high: float) -> Tensor:
+    return torch.empty(((x.numel() + 7) // 8,), dtype=torch.uint8, device=x.device)
+
+
+def mask_apply(g: Tensor, bits: Tensor) -> Tensor:
+    check_bits(bits, g.numel())
+    return torch.empty_like(g, memory_format=memory_format(is_channels_last(g)))
+
+
+def mask_count(x: Tensor, low: float, high: float, cell_h: int, cell_w: int) -> Tensor:
+    return _grid(x, cell_h, cell_w, count_dtype(cell_h, cell_w))
+
+
+def bits_count(bits: Tensor, n: int, c: int, h: int, w: int, cell_h: int, cell_w: int,
+               channels_last: bool = False) -> Tensor:
+    check_bits(bits, n * c * h * w)
+    return _grid(bits.new_empty((1,)).expand(n, c, h, w), cell_h, cell_w, count_dtype(cell_h, cell_w))
+
+
+def masked_patch_mean(g: Tensor, bits: Tensor, cell_h: int, cell_w: int) -> Tensor:
+    check_bits(bits, g.numel())
+    return _grid(g, cell_h, cell_w, g.dtype)
+
+
+def patch_mean_count(x: Tensor, low: float, high: float, cell_mean_h: int, cell_mean_w: int,
+                     cell_count_h: int, cell_count_w: int) -> tuple[Tensor, Tensor]:
+    return patch_mean(x, cell_mean_h, cell_mean_w), mask_count(x, low, high, cell_count_h, cell_count_w)
+
+
+def tap_sum(w: Tensor) -> Tensor:
+    if w.dim() != 4:
+        raise EdgetuneError(f"a weight of shape {tuple(w.shape)} has no taps: give axes (o i u v)")
+    return torch.empty(w.shape[:2], dtype=w.dtype, device=w.device)
+
+
+def tap_spread(gw: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
+    if gw.dim() != 2:
+        raise EdgetuneError(f"a tensor of shape {tuple(gw.shape)} can't be spread over taps: give axes (o i)")
+    return torch.empty((*gw.shape, kernel_h, kernel_w), dtype=gw.dtype, device=gw.device)
+
+
+def max_pool(x: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
+             dil_h: int, dil_w: int, ceil_mode: bool) -> tuple[Tensor, Tensor]:
+    pool = Pool(kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w)
+    pool.check(x)
+    n, c, h, w = x.shape
+    p, q = pool.out_size(h, w, ceil_mode)
+    y = torch.empty((n, c, p, q), dtype=x.dtype, device=x.device,
+                    memory_format=memory_format(is_channels_last(dense(x))))
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+def max_pool_backward(gy: Tensor, index: Tensor, h: int, w: int, kernel_h: int, kernel_w: int, stride_h: int,
+                      stride_w: int, pad_h: int, pad_w: int, dil_h: int, dil_w: int) -> Tensor:
+    Pool(kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w).check(gy)
+    if gy.shape != index.shape or index.dtype != torch.uint8:
+        raise EdgetuneError(f"a gradient of shape {tuple(gy.shape)} doesn't belong to an index of shape "
+                            f"{tuple(index.shape)} and type {index.dtype}: give the index that max_pool returned")
+    n, c = gy.shape[:2]
+    return torch.empty((n, c, h, w), dtype=gy.dtype, device=gy.device,
+                       memory_format=memory_format(is_channels_last(index)))

@@ -1,0 +1,104 @@
+"""The kernels as functions. None changes its arguments; none has a gradient formula (they serve inside of one).
+
+Shapes: x, g, gx (n c h w), float, contiguous or channels_last; other layouts are copied first. Cells are
+`cell_h` x `cell_w` pixels from the top left corner; P = ceil(h/cell_h), Q = ceil(w/cell_w); the last cell of an
+axis may be short and counts with its own size. Masks are one bit an element, lowest bit first, in memory order.
+Wrong arguments raise EdgetuneError.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgetune.kernels import schema as _schema  # defines torch.ops.edgetune
+
+_ops = torch.ops.edgetune
+_patch_mean = _ops.patch_mean.default
+_patch_spread = _ops.patch_spread.default
+_mask_pack = _ops.mask_pack.default
+_mask_apply = _ops.mask_apply.default
+_mask_count = _ops.mask_count.default
+_bits_count = _ops.bits_count.default
+_masked_patch_mean = _ops.masked_patch_mean.default
+_patch_mean_count = _ops.patch_mean_count.default
+_tap_sum = _ops.tap_sum.default
+_tap_spread = _ops.tap_spread.default
+_max_pool = _ops.max_pool.default
+_max_pool_backward = _ops.max_pool_backward.default
+
+NAMES: tuple[str, ...] = tuple(_schema.OPS)
+
+
+def patch_mean(x: Tensor, cell_h: int, cell_w: int) -> Tensor:
+    """Mean of every cell: x (n c h w) -> (n c P Q) contiguous, same type, summed in float32."""
+    return _patch_mean(x, cell_h, cell_w)
+
+
+def patch_spread(v: Tensor, h: int, w: int, cell_h: int, cell_w: int, channels_last: bool = False) -> Tensor:
+    """Every pixel gets its cell's value, undivided: v (n c P Q) -> (n c h w) in the asked memory order."""
+    return _patch_spread(v, h, w, cell_h, cell_w, channels_last)
+
+
+def mask_pack(x: Tensor, low: float, high: float) -> Tensor:
+    """One bit an element, low < x < high: x of any shape -> uint8 (ceil(numel/8),), in the memory order of x.
+
+    Half-precision values are compared in float32. A NaN is outside; unused bits of the last byte are 0.
+    """
+    return _mask_pack(x, low, high)
+
+
+def mask_apply(g: Tensor, bits: Tensor) -> Tensor:
+    """g where its bit is set, 0 elsewhere (also for a NaN): g any shape, in the memory order that was packed.
+
+    Bring g to that order first: `g.contiguous(memory_format=...)`, asking `is_channels_last` of what was packed.
+    """
+    return _mask_apply(g, bits)
+
+
+def mask_count(x: Tensor, low: float, high: float, cell_h: int, cell_w: int) -> Tensor:
+    """How many pixels of every cell have low < x < high: (n c P Q), uint8, or int32 for cells above 255 pixels."""
+    return _mask_count(x, low, high, cell_h, cell_w)
+
+
+def bits_count(bits: Tensor, n: int, c: int, h: int, w: int, cell_h: int, cell_w: int,
+               channels_last: bool = False) -> Tensor:
+    """How many bits of every cell are set, of a mask packed from (n c h w): (n c P Q), typed like mask_count."""
+    return _bits_count(bits, n, c, h, w, cell_h, cell_w, channels_last)
+
+
+def masked_patch_mean(g: Tensor, bits: Tensor, cell_h: int, cell_w: int) -> Tensor:
+    """patch_mean(mask_apply(g, bits)) in one pass: the sum under the mask divided by the size of the whole cell."""
+    return _masked_patch_mean(g, bits, cell_h, cell_w)
+
+
+def patch_mean_count(x: Tensor, low: float, high: float, cell_mean_h: int, cell_mean_w: int,
+                     cell_count_h: int, cell_count_w: int) -> tuple[Tensor, Tensor]:
+    """(patch_mean(x), mask_count(x)), reading x once where both use the same cells."""
+    return _patch_mean_count(x, low, high, cell_mean_h, cell_mean_w, cell_count_h, cell_count_w)
+
+
+def tap_sum(w: Tensor) -> Tensor:
+    """Sum over the kernel's taps: w (o i u v) -> (o i)."""
+    return _tap_sum(w)
+
+
+def tap_spread(gw: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
+    """Every tap gets the same value: gw (o i) -> (o i u v) contiguous."""
+    return _tap_spread(gw, kernel_h, kernel_w)
+
+
+def max_pool(x: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
+             dil_h: int, dil_w: int, ceil_mode: bool) -> tuple[Tensor, Tensor]:
+    """Max-pool that keeps one byte per output: x (n c h w) -> y (n c p q), index uint8 (n c p q).
+
+    `index` is the winner's position row*kernel_w + column in its window. y is bit-identical to F.max_pool2d, and
+    ties and NaN go to the same element. Both outputs have the memory order of x. Windows up to 256 pixels.
+    """
+    return _max_pool(x, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, ceil_mode)
+
+
+def max_pool_backward(gy: Tensor, index: Tensor, h: int, w: int, kernel_h: int, kernel_w: int, stride_h: int,
+                      stride_w: int, pad_h: int, pad_w: int, dil_h: int, dil_w: int) -> Tensor:
+    """Gradient of max_pool: gy, index (n c p q) -> gx (n c h w) in the memory order of index."""
+    return _max_pool_backward(gy, index, h, w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w)

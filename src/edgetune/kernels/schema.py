@@ -1,0 +1,81 @@
+"""Every op once: its schema in the `edgetune` namespace, its meta version, its fallback, its native version.
+
+On CPU a call goes to the native code where that is built and takes the tensors' type and layout, else to the
+fallback; on every other device to the fallback. All versions check their arguments by the same meta version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from edgetune.kernels import fallback, meta, native
+
+Kernel = Callable[..., Any]
+
+
+class Op(NamedTuple):
+    """One op: arguments as in torch.library, the meta version, the fallback, and the native version.
+
+    `native(outputs, *arguments)` fills what the meta version allocated and returns True, or returns False where
+    it doesn't take these tensors.
+    """
+
+    signature: str
+    meta: Kernel
+    fallback: Kernel
+    native: Kernel
+
+
+_POOL = "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w"
+
+OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback, name), getattr(native, name))
+                      for name, signature in {
+    "patch_mean": "(Tensor x, int cell_h, int cell_w) -> Tensor",
+    "patch_spread": "(Tensor v, SymInt h, SymInt w, int cell_h, int cell_w, bool channels_last=False) -> Tensor",
+    "mask_pack": "(Tensor x, float low, float high) -> Tensor",
+    "mask_apply": "(Tensor g, Tensor bits) -> Tensor",
+    "mask_count": "(Tensor x, float low, float high, int cell_h, int cell_w) -> Tensor",
+    "bits_count": "(Tensor bits, SymInt n, SymInt c, SymInt h, SymInt w, int cell_h, int cell_w, "
+                  "bool channels_last=False) -> Tensor",
+    "masked_patch_mean": "(Tensor g, Tensor bits, int cell_h, int cell_w) -> Tensor",
+    "patch_mean_count": "(Tensor x, float low, float high, int cell_mean_h, int cell_mean_w, int cell_count_h, "
+                        "int cell_count_w) -> (Tensor, Tensor)",
+    "tap_sum": "(Tensor w) -> Tensor",
+    "tap_spread": "(Tensor gw, int kernel_h, int kernel_w) -> Tensor",
+    "max_pool": f"(Tensor x, {_POOL}, bool ceil_mode) -> (Tensor, Tensor)",
+    "max_pool_backward": f"(Tensor gy, Tensor index, SymInt h, SymInt w, {_POOL}) -> Tensor",
+}.items()}
+
+
+def _checked(op: Op) -> Kernel:
+    check, plain = op.meta, op.fallback
+
+    def run(*arguments: Any) -> Any:
+        check(*arguments)
+        return plain(*arguments)
+
+    return run
+
+
+def _on_cpu(op: Op) -> Kernel:
+    allocate, fill, plain = op.meta, op.native, op.fallback
+
+    def run(*arguments: Any) -> Any:
+        out = allocate(*arguments)
+        if fill(out, *arguments):
+            return out
+        del out
+        return plain(*arguments)
+
+    return run
+
+
+library = torch.library.Library("edgetune", "DEF")
+for _name, _op in OPS.items():
+    library.define(_name + _op.signature, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(_name, _on_cpu(_op), "CPU")
+    library.impl(_name, _checked(_op), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"edgetune::{_name}", _op.meta, lib=library)
