@@ -28,8 +28,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed
-	$(BIN)/python tools/pages.py
-	$(BIN)/python tools/tables.py
+	$(BIN)/python tools/generate.py $(ARGS)
 
 bench: $(VENV)/.installed
 	@for suite in $(or $(ARGS),layers steps); do $(BIN)/edgetune bench $$suite || exit $$?; done

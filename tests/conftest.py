@@ -1,4 +1,4 @@
-"""What every test shares: fixed seeds, a plain terminal, the shared pictures and weights where there are any."""
+"""What every test shares: fixed seeds, a plain terminal, the shared pictures where there are any."""
 
 from __future__ import annotations
 

@@ -14,8 +14,27 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "edgetune"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
-    "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "contract", "hosts",
-    "methods", "apply", "profile", "plan", "models", "data", "train", "report", "bench", "cli", "__main__",
+    "errors",
+    "units",
+    "shapes",
+    "record",
+    "kernels",
+    "overlap",
+    "recognise",
+    "graph",
+    "contract",
+    "hosts",
+    "methods",
+    "apply",
+    "profile",
+    "plan",
+    "models",
+    "data",
+    "train",
+    "report",
+    "bench",
+    "cli",
+    "__main__",
 ]
 BASICS = {"errors", "units", "shapes", "record"}
 NARROW = {"models": BASICS, "data": BASICS}
@@ -91,8 +110,11 @@ class TestFile:
 
     def test_imports_heavy_libraries_where_used(self, file: Path) -> None:
         allowed = STANDARD | CORE | AT_THE_TOP.get(room_of(file), set())
-        outside = [(name, line) for name, line in imports(at_module_level(ast.parse(file.read_text())))
-                   if name.split(".")[0] not in allowed]
+        outside = [
+            (name, line)
+            for name, line in imports(at_module_level(ast.parse(file.read_text())))
+            if name.split(".")[0] not in allowed
+        ]
         assert not outside, "import it inside the function that uses it"
 
     def test_leaves_native_code_to_the_kernels(self, file: Path) -> None:
@@ -101,16 +123,19 @@ class TestFile:
             assert not found & {"ctypes", "cffi"}
 
 
-@pytest.mark.parametrize(("room", "source", "complaint"), [
-    ("graph", "from edgetune.overlap import cells", None),
-    ("graph", "from edgetune import overlap", None),
-    ("graph", "from edgetune.plan import Plan", "line 1: graph imports plan"),
-    ("graph", "def f():\n    from edgetune import plan", "line 2: graph imports plan"),
-    ("graph", "import edgetune", "line 1: graph imports the package itself"),
-    ("graph", "from .plan import Plan", "line 1: graph imports plan"),
-    ("models", "from edgetune.record import Record", None),
-    ("models", "from edgetune.graph import Graph", "line 1: models imports graph"),
-])
+@pytest.mark.parametrize(
+    ("room", "source", "complaint"),
+    [
+        ("graph", "from edgetune.overlap import cells", None),
+        ("graph", "from edgetune import overlap", None),
+        ("graph", "from edgetune.plan import Plan", "line 1: graph imports plan"),
+        ("graph", "def f():\n    from edgetune import plan", "line 2: graph imports plan"),
+        ("graph", "import edgetune", "line 1: graph imports the package itself"),
+        ("graph", "from .plan import Plan", "line 1: graph imports plan"),
+        ("models", "from edgetune.record import Record", None),
+        ("models", "from edgetune.graph import Graph", "line 1: models imports graph"),
+    ],
+)
 def test_the_check_finds_a_wrong_import(room: str, source: str, complaint: str | None) -> None:
     found = against_the_line(room, ast.parse(source))
     assert [text.partition(",")[0] for text in found] == ([complaint] if complaint else [])
