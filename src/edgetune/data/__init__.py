@@ -1,0 +1,13 @@
+"""Pictures: image folders, npz files and built-in sets, prepared as a network wants them, and repeatable views of them."""
+
+from edgetune.data.augment import augment, batches
+from edgetune.data.chance import generator_for
+from edgetune.data.dataset import Dataset, Pictures
+from edgetune.data.drift import drift
+from edgetune.data.loading import list_data, load_data, load_eval
+from edgetune.data.picture import open_picture
+from edgetune.data.preprocess import Preprocess
+from edgetune.data.settings import Augment, Camera
+
+__all__ = ["Augment", "Camera", "Dataset", "Pictures", "Preprocess", "augment", "batches", "drift", "generator_for",
+           "list_data", "load_data", "load_eval", "open_picture"]
