@@ -1,4 +1,4 @@
-"""The documents say what is so: commands exist, generated pages and tables are fresh, links lead somewhere."""
+"""The documents say what is so: commands exist, links lead somewhere, generated parts are fresh."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +103,10 @@ def test_documented_python_compiles_and_uses_public_names(file: Path) -> None:
 
 def test_generated_pages_and_tables_are_fresh() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "generate.py", "--check"], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "tools" / "generate.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.stdout, done.returncode) == ("", 0), f"run `make docs`\n{done.stderr}"
 
@@ -121,7 +125,9 @@ class TestCommandCheck:
         assert complaints(shlex.split(line), program) == complaint
 
     def test_reads_blocks_and_lines(self) -> None:
-        text = "see `edgetune plan x` and `edgetune`\n```sh\n$ edgetune train \\\n  --seed 0  # why\nls\n```\n"
+        text = (
+            "see `edgetune plan x` and `edgetune`\n```sh\n$ edgetune train \\\n  --seed 0  # why\nls\n```\n"
+        )
         assert list(commands(text)) == [["edgetune", "train", "--seed", "0"], ["edgetune", "plan", "x"]]
 
 

@@ -1,7 +1,7 @@
 """The measured tables of README.md and docs/, rendered from bench/results/*.jsonl.
 
-A region `<!-- table:NAME -->` ... `<!-- /table -->` holds the table NAME: written here and nowhere else. A line of a results file is one row of a suite, with `suite`, `machine`, `git` and
-`versions` in it.
+A region `<!-- table:NAME -->` ... `<!-- /table -->` holds the table NAME: written here and nowhere else.
+A line of a results file is one row of a suite, with `suite`, `machine`, `git` and `versions` in it.
 """
 
 from __future__ import annotations
