@@ -126,15 +126,15 @@ class TestCommandCheck:
 
     def test_reads_blocks_and_lines(self) -> None:
         text = (
-            "see `edgetune plan x` and `edgetune`\n```sh\n$ edgetune train \\\n  --seed 0  # why\nls\n```\n"
+            "see `edgetune plan x` and `edgetune`\n```sh\n$ edgetune train \\\n  --seed 0 # why\nls\n```"
         )
         assert list(commands(text)) == [["edgetune", "train", "--seed", "0"], ["edgetune", "plan", "x"]]
 
 
 def layer_row(case: str, patch_px: int, speedup: float, machine: str = "box") -> tables.Row:
     return {
-        "suite": "layers", "machine": machine, "git": "0123456789", "versions": {"torch": "2.0"}, "case": case,
-        "patch_px": patch_px, "taps": "mean", "batch": 4, "threads": 2, "baseline_ms": 10.0,
+        "suite": "layers", "machine": machine, "git": "0123456789", "versions": {"torch": "2.0"},
+        "case": case, "patch_px": patch_px, "taps": "mean", "batch": 4, "threads": 2, "baseline_ms": 10.0,
         "backward_speedup": speedup, "grid_speedup": 2 * speedup, "kept_bytes": 1024,
         "kept_bytes_baseline": 4096, "cosine": 0.5, "scale": 1.0,
     }  # fmt: skip
