@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgetune.kernels.build import Status, status
 from edgetune.kernels.geometry import is_channels_last
 from edgetune.kernels.ops import (
     NAMES,
@@ -20,6 +21,7 @@ from edgetune.kernels.ops import (
 )
 
 __all__ = [
+    "Status",
     "NAMES",
     "bits_count",
     "is_channels_last",
@@ -32,6 +34,7 @@ __all__ = [
     "patch_mean",
     "patch_mean_count",
     "patch_spread",
+    "status",
     "tap_spread",
     "tap_sum",
 ]

@@ -1,13 +1,179 @@
-"""The native versions: each fills the outputs it is given and returns True, or returns False to decline."""
+"""The native versions: each fills the outputs it is given and returns True, or returns False to decline.
+
+Declined are: other types than float32 and bfloat16 (the fallback is for any), and everything where no library is
+built. Tensors of another layout are copied to a dense one first. All offsets in the C code are 64 bits wide.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, get_num_threads
+
+from edgetune.kernels import build
+from edgetune.kernels.geometry import is_channels_last
+
+P, N, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+# Argument types of every C function, without its last one, the number of threads.
+ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "patch_mean": (P, P, N, N, N, N, N, N, I),
+    "patch_spread": (P, P, N, N, N, N, N, N, I),
+    "mask_pack": (P, P, F, F, N),
+    "mask_apply": (P, P, P, N),
+    "mask_count": (P, P, F, F, N, N, N, N, N, N, I),
+    "bits_count": (P, P, N, N, N, N, N, N, I),
+    "masked_patch_mean": (P, P, P, N, N, N, N, N, N, I),
+    "patch_mean_count": (P, P, P, F, F, N, N, N, N, N, N, I),
+    "tap_sum": (P, P, N, N),
+    "tap_spread": (P, P, N, N),
+    "max_pool": (P, P, P, P, I),
+    "max_pool_backward": (P, P, P, P, I),
+}
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+COUNTABLE = 2**24  # pixels of a cell: float32 counts stay exact below
+
+_functions: dict[tuple[str, torch.dtype], Callable[..., None] | None] = {}
 
 
-def _declined(out: Any, *arguments: Any) -> bool:
-    return False
+def _function(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
+    """The C function for this type, or None; looked up once."""
+    key = name, dtype
+    if key not in _functions:
+        found = getattr(build.library(), f"et_{name}_{SUFFIX.get(dtype)}", None) if dtype in SUFFIX else None
+        if found is not None:
+            found.argtypes, found.restype = (*ARGUMENTS[name], I), None
+        _functions[key] = found
+    return _functions[key]
 
 
-patch_mean = patch_spread = mask_pack = mask_apply = mask_count = bits_count = masked_patch_mean = _declined
-patch_mean_count = tap_sum = tap_spread = max_pool = max_pool_backward = _declined
+def _walked(x: Tensor) -> tuple[Tensor, bool]:
+    """A dense tensor, and whether it lies channels last."""
+    if x.is_contiguous():
+        return x, False
+    if is_channels_last(x):
+        return x, True
+    return x.contiguous(), False
+
+
+def patch_mean(out: Tensor, x: Tensor, cell_h: int, cell_w: int) -> bool:
+    run = _function("patch_mean", x.dtype)
+    if run is None:
+        return False
+    x, last = _walked(x)
+    run(x.data_ptr(), out.data_ptr(), *x.shape, cell_h, cell_w, last, get_num_threads())
+    return True
+
+
+def patch_spread(out: Tensor, v: Tensor, h: int, w: int, cell_h: int, cell_w: int,
+                 channels_last: bool = False) -> bool:
+    run = _function("patch_spread", v.dtype)
+    if run is None:
+        return False
+    v = v.contiguous()
+    run(v.data_ptr(), out.data_ptr(), *out.shape, cell_h, cell_w, channels_last, get_num_threads())
+    return True
+
+
+def mask_pack(out: Tensor, x: Tensor, low: float, high: float) -> bool:
+    run = _function("mask_pack", x.dtype)
+    if run is None:
+        return False
+    x, _ = _walked(x)
+    run(x.data_ptr(), out.data_ptr(), low, high, x.numel(), get_num_threads())
+    return True
+
+
+def mask_apply(out: Tensor, g: Tensor, bits: Tensor) -> bool:
+    run = _function("mask_apply", g.dtype)
+    if run is None:
+        return False
+    g, _ = _walked(g)
+    bits = bits.contiguous()
+    run(g.data_ptr(), bits.data_ptr(), out.data_ptr(), g.numel(), get_num_threads())
+    return True
+
+
+def mask_count(out: Tensor, x: Tensor, low: float, high: float, cell_h: int, cell_w: int) -> bool:
+    run = _function("mask_count", x.dtype)
+    if run is None or cell_h * cell_w >= COUNTABLE:
+        return False
+    x, last = _walked(x)
+    run(x.data_ptr(), out.data_ptr(), low, high, *x.shape, cell_h, cell_w, last, get_num_threads())
+    return True
+
+
+def bits_count(out: Tensor, bits: Tensor, n: int, c: int, h: int, w: int, cell_h: int, cell_w: int,
+               channels_last: bool = False) -> bool:
+    run = _function("bits_count", torch.float32)
+    if run is None or cell_h * cell_w >= COUNTABLE:
+        return False
+    bits = bits.contiguous()
+    run(bits.data_ptr(), out.data_ptr(), n, c, h, w, cell_h, cell_w, channels_last, get_num_threads())
+    return True
+
+
+def masked_patch_mean(out: Tensor, g: Tensor, bits: Tensor, cell_h: int, cell_w: int) -> bool:
+    run = _function("masked_patch_mean", g.dtype)
+    if run is None:
+        return False
+    g, last = _walked(g)
+    bits = bits.contiguous()
+    run(g.data_ptr(), bits.data_ptr(), out.data_ptr(), *g.shape, cell_h, cell_w, last, get_num_threads())
+    return True
+
+
+def patch_mean_count(out: tuple[Tensor, Tensor], x: Tensor, low: float, high: float, cell_mean_h: int,
+                     cell_mean_w: int, cell_count_h: int, cell_count_w: int) -> bool:
+    x, last = _walked(x)
+    if (cell_mean_h, cell_mean_w) != (cell_count_h, cell_count_w):
+        return (patch_mean(out[0], x, cell_mean_h, cell_mean_w)
+                and mask_count(out[1], x, low, high, cell_count_h, cell_count_w))
+    run = _function("patch_mean_count", x.dtype)
+    if run is None or cell_mean_h * cell_mean_w >= COUNTABLE:
+        return False
+    run(x.data_ptr(), out[0].data_ptr(), out[1].data_ptr(), low, high, *x.shape, cell_mean_h, cell_mean_w, last,
+        get_num_threads())
+    return True
+
+
+def tap_sum(out: Tensor, w: Tensor) -> bool:
+    run = _function("tap_sum", w.dtype)
+    if run is None:
+        return False
+    w = w.contiguous()
+    run(w.data_ptr(), out.data_ptr(), out.numel(), w.shape[2] * w.shape[3], get_num_threads())
+    return True
+
+
+def tap_spread(out: Tensor, gw: Tensor, kernel_h: int, kernel_w: int) -> bool:
+    run = _function("tap_spread", gw.dtype)
+    if run is None:
+        return False
+    gw = gw.contiguous()
+    run(gw.data_ptr(), out.data_ptr(), gw.numel(), kernel_h * kernel_w, get_num_threads())
+    return True
+
+
+def max_pool(out: tuple[Tensor, Tensor], x: Tensor, *geometry: int) -> bool:
+    run = _function("max_pool", x.dtype)
+    if run is None:
+        return False
+    x, last = _walked(x)
+    y, index = out
+    sizes = (N * 14)(*x.shape, *y.shape[2:], *geometry[:8])
+    run(x.data_ptr(), y.data_ptr(), index.data_ptr(), ctypes.addressof(sizes), last, get_num_threads())
+    return True
+
+
+def max_pool_backward(out: Tensor, gy: Tensor, index: Tensor, h: int, w: int, *geometry: int) -> bool:
+    run = _function("max_pool_backward", gy.dtype)
+    if run is None:
+        return False
+    index, last = _walked(index)
+    gy = gy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    sizes = (N * 14)(*out.shape, *gy.shape[2:], *geometry)
+    run(gy.data_ptr(), index.data_ptr(), out.data_ptr(), ctypes.addressof(sizes), last, get_num_threads())
+    return True

@@ -1,0 +1,138 @@
+/* Sums over the cells of a patch grid: the walk that patch_mean, masked_patch_mean and the counts share.
+ *
+ * A kernel file defines, before including this file,
+ *   WALK           the name of its walk
+ *   LOAD(at, k)    a v8: the terms of the k (0..8) elements from offset `at` in memory order, 0 beyond k
+ *   PUT(at, s, r)  store the sum s of a whole cell at output offset `at`; r = 1 / pixels of the cell
+ *   PUT8(at, s, r, k)  the same for k (1..8) neighbouring cells of one size
+ * and may use `walk` (its argument) in all three. Output is (n c P Q); offsets are 64 bits wide. */
+#include "cells_types.h"
+
+/* The terms of `count` columns, added over the rows of a cell. */
+AHEAD v8 FN(column8_)(const cells *walk, int64_t at, int64_t rows, int count) {
+    v8 sum = LOAD(at, count);
+    for (int64_t row = 1; row < rows; row++) sum = v8_add(sum, LOAD(at + row * walk->w, count));
+    return sum;
+}
+
+/* `count` neighbouring cells, 2 or 4 columns wide. */
+AHEAD v8 FN(narrow_)(const cells *walk, int64_t at, int64_t rows, int wide, int count) {
+    v8 part[4];
+    for (int i = 0; i < wide; i++) {
+        int64_t columns = (int64_t)count * wide - 8 * i;
+        part[i] = columns <= 0 ? v8_all(0) : FN(column8_)(walk, at + 8 * i, rows, (int)least(8, columns));
+    }
+    if (wide == 2) return v8_pairs(part[0], part[1]);
+    return v8_pairs(v8_pairs(part[0], part[1]), v8_pairs(part[2], part[3]));
+}
+
+/* Cells 2 or 4 columns wide, without the short one at the end of the row. */
+AHEAD void FN(narrow_row_)(const cells *walk, int64_t at, int64_t to, int64_t rows, int wide, int64_t full) {
+    float scale = 1.0f / (float)(rows * wide);
+    int64_t q = 0;
+    for (; q + 8 <= full; q += 8) PUT8(to + q, FN(narrow_)(walk, at + q * wide, rows, wide, 8), scale, 8);
+    if (q < full) {
+        int count = (int)(full - q);
+        PUT8(to + q, FN(narrow_)(walk, at + q * wide, rows, wide, count), scale, count);
+    }
+}
+
+/* One cell of any width. */
+static float FN(cell_)(const cells *walk, int64_t at, int64_t rows, int64_t columns) {
+    v8 sum = v8_all(0);
+    for (int64_t column = 0; column < columns; column += 8)
+        sum = v8_add(sum, FN(column8_)(walk, at + column, rows, (int)least(8, columns - column)));
+    sum = v8_pairs(sum, v8_all(0));
+    sum = v8_pairs(sum, v8_all(0));
+    sum = v8_pairs(sum, v8_all(0));
+    float lanes[8];
+    v8_store(lanes, sum);
+    return lanes[0];
+}
+
+/* Cells of any width: whole rows are added first, a tile of columns at a time, then each cell's columns. */
+static void FN(wide_row_)(const cells *walk, int64_t at, int64_t to, int64_t rows, int64_t full) {
+    int64_t wide = walk->cell_w, step = TILE / wide;
+    float scale = 1.0f / (float)(rows * wide), tile[TILE];
+    for (int64_t q = 0; q < full; q += step) {
+        int64_t cells_here = least(step, full - q), columns = cells_here * wide, j = 0;
+        for (; j + 8 <= columns; j += 8) v8_store(tile + j, FN(column8_)(walk, at + q * wide + j, rows, 8));
+        if (j < columns) {
+            int count = (int)(columns - j);
+            part_store(tile + j, FN(column8_)(walk, at + q * wide + j, rows, count), count);
+        }
+        for (int64_t k = 0; k < cells_here; k++) {
+            float sum = 0;
+            for (int64_t i = 0; i < wide; i++) sum += tile[k * wide + i];
+            PUT(to + q + k, sum, scale);
+        }
+    }
+}
+
+static void FN(planes_)(const void *job, int64_t begin, int64_t end) {
+    const cells *walk = job;
+    int64_t wide = walk->cell_w, full = walk->w / wide, rest = walk->w % wide;
+    for (int64_t item = begin; item < end; item++) {
+        int64_t plane = item / walk->p, top = item % walk->p * walk->cell_h;
+        int64_t rows = least(walk->cell_h, walk->h - top);
+        int64_t at = (plane * walk->h + top) * walk->w, to = item * walk->q;
+        if (wide == 2 && rows == 2) FN(narrow_row_)(walk, at, to, 2, 2, full);
+        else if (wide == 4 && rows == 4) FN(narrow_row_)(walk, at, to, 4, 4, full);
+        else if (wide == 2) FN(narrow_row_)(walk, at, to, rows, 2, full);
+        else if (wide == 4) FN(narrow_row_)(walk, at, to, rows, 4, full);
+        else if (wide <= 32) FN(wide_row_)(walk, at, to, rows, full);
+        else for (int64_t q = 0; q < full; q++)
+            PUT(to + q, FN(cell_)(walk, at + q * wide, rows, wide), 1.0f / (float)(rows * wide));
+        if (rest) PUT(to + full, FN(cell_)(walk, at + full * wide, rows, rest), 1.0f / (float)(rows * rest));
+    }
+}
+
+/* Channels last: the terms of `count` channels, added over the pixels of a cell. */
+AHEAD v8 FN(pixels8_)(const cells *walk, int64_t at, int64_t rows, int64_t columns, int count) {
+    v8 sum = v8_all(0);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t column = 0; column < columns; column++)
+            sum = v8_add(sum, LOAD(at + (row * walk->w + column) * walk->c, count));
+    return sum;
+}
+
+/* A tile of neighbouring cells and channels: summed along the channels, then written along the cells. */
+static void FN(tile_)(const cells *walk, int64_t image, int64_t p, int64_t q, int64_t channel) {
+    float tile[TILE_CELLS][TILE_CHANNELS + 8];
+    int64_t top = p * walk->cell_h, rows = least(walk->cell_h, walk->h - top);
+    int64_t cells_here = least(TILE_CELLS, walk->q - q), channels = least(TILE_CHANNELS, walk->c - channel);
+    float scale[TILE_CELLS];
+    for (int64_t k = 0; k < cells_here; k++) {
+        int64_t left = (q + k) * walk->cell_w, columns = least(walk->cell_w, walk->w - left), j = 0;
+        int64_t at = ((image * walk->h + top) * walk->w + left) * walk->c + channel;
+        scale[k] = 1.0f / (float)(rows * columns);
+        if (rows == 2 && columns == 2)
+            for (; j + 8 <= channels; j += 8) v8_store(&tile[k][j], FN(pixels8_)(walk, at + j, 2, 2, 8));
+        for (; j + 8 <= channels; j += 8) v8_store(&tile[k][j], FN(pixels8_)(walk, at + j, rows, columns, 8));
+        if (j < channels)
+            v8_store(&tile[k][j], FN(pixels8_)(walk, at + j, rows, columns, (int)(channels - j)));
+    }
+    for (int64_t j = 0; j < channels; j++) {
+        int64_t to = ((image * walk->c + channel + j) * walk->p + p) * walk->q + q;
+        for (int64_t k = 0; k < cells_here; k++) PUT(to + k, tile[k][j], scale[k]);
+    }
+}
+
+static void FN(images_)(const void *job, int64_t begin, int64_t end) {
+    const cells *walk = job;
+    for (int64_t item = begin; item < end; item++)
+        for (int64_t channel = 0; channel < walk->c; channel += TILE_CHANNELS)
+            for (int64_t q = 0; q < walk->q; q += TILE_CELLS)
+                FN(tile_)(walk, item / walk->p, item % walk->p, q, channel);
+}
+
+static void FN(run_)(const cells *walk, int channels_last, int64_t bytes, int threads) {
+    int64_t items = walk->n * walk->p * (channels_last ? 1 : walk->c);
+    if (elements(walk) == 0) return;
+    et_parallel(channels_last ? FN(images_) : FN(planes_), walk, items, bytes, threads);
+}
+
+#undef WALK
+#undef LOAD
+#undef PUT
+#undef PUT8

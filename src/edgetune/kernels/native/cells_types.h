@@ -1,0 +1,26 @@
+/* What a walk over cells is given, and how its functions are named. */
+#ifndef EDGETUNE_CELLS_TYPES_H
+#define EDGETUNE_CELLS_TYPES_H
+#include "simd.h"
+#include "threads.h"
+
+typedef struct {
+    const void *x;
+    const uint8_t *bits;
+    void *out;
+    int64_t n, c, h, w, cell_h, cell_w, p, q;
+    float low, high;
+} cells;
+enum { TILE = 512, TILE_CELLS = 16, TILE_CHANNELS = 64 };
+#define AHEAD static inline __attribute__((always_inline))
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define FN(name) JOIN(name, WALK)
+#define walkname JOIN(walk, name)  /* run_patch_mean is run_patch_mean_f32 */
+
+static inline int64_t elements(const cells *walk) { return walk->n * walk->c * walk->h * walk->w; }
+static inline cells grid(int64_t n, int64_t c, int64_t h, int64_t w, int64_t cell_h, int64_t cell_w) {
+    return (cells){.n = n, .c = c, .h = h, .w = w, .cell_h = cell_h, .cell_w = cell_w,
+                   .p = (h + cell_h - 1) / cell_h, .q = (w + cell_w - 1) / cell_w};
+}
+#endif

@@ -1,0 +1,3 @@
+/* All kernels for float32. */
+#include "kernels.h"
+#include "max_pool_backward.c"

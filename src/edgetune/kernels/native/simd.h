@@ -1,0 +1,160 @@
+/* Eight floats at a time: AVX2 (with AVX-512VL masks where there are), NEON, or plain C (also with -DET_PLAIN).
+ *
+ * part_* read or write the first `count` (0..8) lanes only; lanes beyond are 0. Bit i of a mask byte is lane i. */
+#ifndef EDGETUNE_SIMD_H
+#define EDGETUNE_SIMD_H
+
+#include "element.h"
+
+#if defined(__AVX2__) && !defined(ET_PLAIN)
+#include <immintrin.h>
+typedef __m256 v8;
+
+static inline v8 v8_all(float f) { return _mm256_set1_ps(f); }
+static inline v8 v8_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void v8_store(float *p, v8 a) { _mm256_storeu_ps(p, a); }
+static inline v8 v8_add(v8 a, v8 b) { return _mm256_add_ps(a, b); }
+static inline v8 v8_mul(v8 a, v8 b) { return _mm256_mul_ps(a, b); }
+/* a0+a1 a2+a3 a4+a5 a6+a7 b0+b1 b2+b3 b4+b5 b6+b7 */
+static inline v8 v8_pairs(v8 a, v8 b) {
+    __m256d mixed = _mm256_castps_pd(_mm256_hadd_ps(a, b));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(mixed, 0xd8));
+}
+static inline v8 v8_bf16(const uint16_t *p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+static inline __m256i v8_lanes(unsigned mask) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)mask), bit), bit);
+}
+#ifdef __AVX512VL__
+static inline v8 v8_keep(v8 a, unsigned mask) { return _mm256_maskz_mov_ps((__mmask8)mask, a); }
+static inline unsigned v8_inside(v8 a, v8 low, v8 high) {
+    return _mm256_cmp_ps_mask(a, low, _CMP_GT_OQ) & _mm256_cmp_ps_mask(a, high, _CMP_LT_OQ);
+}
+static inline v8 part_load(const float *p, int count) {
+    return _mm256_maskz_loadu_ps((__mmask8)((1u << count) - 1), p);
+}
+static inline void part_store(float *p, v8 a, int count) {
+    _mm256_mask_storeu_ps(p, (__mmask8)((1u << count) - 1), a);
+}
+#else
+static inline v8 v8_keep(v8 a, unsigned mask) { return _mm256_and_ps(a, _mm256_castsi256_ps(v8_lanes(mask))); }
+static inline unsigned v8_inside(v8 a, v8 low, v8 high) {
+    __m256 in = _mm256_and_ps(_mm256_cmp_ps(a, low, _CMP_GT_OQ), _mm256_cmp_ps(a, high, _CMP_LT_OQ));
+    return (unsigned)_mm256_movemask_ps(in);
+}
+static inline v8 part_load(const float *p, int count) {
+    return _mm256_maskload_ps(p, v8_lanes((1u << count) - 1));
+}
+static inline void part_store(float *p, v8 a, int count) {
+    if (count >= 8) { v8_store(p, a); return; }
+    __m128 rest = _mm256_castps256_ps128(a);
+    if (count & 4) { _mm_storeu_ps(p, rest); rest = _mm256_extractf128_ps(a, 1); p += 4; }
+    if (count & 2) { _mm_storel_pi((__m64 *)(void *)p, rest); rest = _mm_movehl_ps(rest, rest); p += 2; }
+    if (count & 1) _mm_store_ss(p, rest);
+}
+#endif
+
+#elif defined(__aarch64__) && !defined(ET_PLAIN)
+#include <arm_neon.h>
+typedef struct { float32x4_t a, b; } v8;
+
+static inline v8 v8_all(float f) { return (v8){vdupq_n_f32(f), vdupq_n_f32(f)}; }
+static inline v8 v8_load(const float *p) { return (v8){vld1q_f32(p), vld1q_f32(p + 4)}; }
+static inline void v8_store(float *p, v8 x) { vst1q_f32(p, x.a); vst1q_f32(p + 4, x.b); }
+static inline v8 v8_add(v8 x, v8 y) { return (v8){vaddq_f32(x.a, y.a), vaddq_f32(x.b, y.b)}; }
+static inline v8 v8_mul(v8 x, v8 y) { return (v8){vmulq_f32(x.a, y.a), vmulq_f32(x.b, y.b)}; }
+static inline v8 v8_pairs(v8 x, v8 y) { return (v8){vpaddq_f32(x.a, x.b), vpaddq_f32(y.a, y.b)}; }
+static inline v8 v8_bf16(const uint16_t *p) {
+    uint16x8_t half = vld1q_u16(p);
+    return (v8){vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(half), 16)),
+                vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(half), 16))};
+}
+static inline v8 v8_keep(v8 x, unsigned mask) {
+    const uint32x4_t low = {1, 2, 4, 8}, high = {16, 32, 64, 128}, m = vdupq_n_u32(mask);
+    return (v8){vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x.a), vtstq_u32(m, low))),
+                vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x.b), vtstq_u32(m, high)))};
+}
+static inline unsigned v8_inside(v8 x, v8 low, v8 high) {
+    const uint32x4_t first = {1, 2, 4, 8}, last = {16, 32, 64, 128};
+    uint32x4_t a = vandq_u32(vcgtq_f32(x.a, low.a), vcltq_f32(x.a, high.a));
+    uint32x4_t b = vandq_u32(vcgtq_f32(x.b, low.b), vcltq_f32(x.b, high.b));
+    return vaddvq_u32(vorrq_u32(vandq_u32(a, first), vandq_u32(b, last)));
+}
+#define ET_PART_BY_COPY
+
+#else
+typedef struct { float lane[8]; } v8;
+#define EACH for (int i = 0; i < 8; i++)
+
+static inline v8 v8_all(float f) { v8 r; EACH r.lane[i] = f; return r; }
+static inline v8 v8_load(const float *p) { v8 r; EACH r.lane[i] = p[i]; return r; }
+static inline void v8_store(float *p, v8 a) { EACH p[i] = a.lane[i]; }
+static inline v8 v8_add(v8 a, v8 b) { EACH a.lane[i] += b.lane[i]; return a; }
+static inline v8 v8_mul(v8 a, v8 b) { EACH a.lane[i] *= b.lane[i]; return a; }
+static inline v8 v8_pairs(v8 a, v8 b) {
+    v8 r;
+    for (int i = 0; i < 4; i++) {
+        r.lane[i] = a.lane[2 * i] + a.lane[2 * i + 1];
+        r.lane[i + 4] = b.lane[2 * i] + b.lane[2 * i + 1];
+    }
+    return r;
+}
+static inline v8 v8_bf16(const uint16_t *p) { v8 r; EACH r.lane[i] = bf16_to_float(p[i]); return r; }
+static inline v8 v8_keep(v8 a, unsigned mask) { EACH a.lane[i] = mask >> i & 1 ? a.lane[i] : 0; return a; }
+static inline unsigned v8_inside(v8 a, v8 low, v8 high) {
+    unsigned mask = 0;
+    EACH mask |= (unsigned)((a.lane[i] > low.lane[i]) & (a.lane[i] < high.lane[i])) << i;
+    return mask;
+}
+#define ET_PART_BY_COPY
+#endif
+
+#ifdef ET_PART_BY_COPY
+static inline v8 part_load(const float *p, int count) {
+    float lanes[8] = {0};
+    for (int i = 0; i < count; i++) lanes[i] = p[i];
+    return v8_load(lanes);
+}
+static inline void part_store(float *p, v8 a, int count) {
+    float lanes[8];
+    v8_store(lanes, a);
+    for (int i = 0; i < count; i++) p[i] = lanes[i];
+}
+#endif
+
+/* The same for a tensor's own elements. */
+static inline v8 load8(const element *p, int count) {
+#ifdef ET_BF16
+    if (count == 8) return v8_bf16(p);
+    uint16_t lanes[8] = {0};
+    for (int i = 0; i < count; i++) lanes[i] = p[i];
+    return v8_bf16(lanes);
+#else
+    return count == 8 ? v8_load(p) : part_load(p, count);
+#endif
+}
+
+static inline void store8(element *p, v8 a, int count) {
+#ifdef ET_BF16
+    float lanes[8];
+    v8_store(lanes, a);
+    for (int i = 0; i < count; i++) p[i] = float_to_bf16(lanes[i]);
+#else
+    if (count == 8) v8_store(p, a);
+    else part_store(p, a, count);
+#endif
+}
+
+/* Up to eight bits from bit `at` on, reading no byte beyond those that hold them. */
+static inline unsigned bits8(const uint8_t *bits, int64_t at, int count) {
+    const uint8_t *byte = bits + (at >> 3);
+    int shift = (int)(at & 7);
+    unsigned both = byte[0];
+    if (shift + count > 8) both |= (unsigned)byte[1] << 8;
+    return both >> shift & ((1u << count) - 1);
+}
+
+#endif

@@ -1,0 +1,155 @@
+"""One list of cases a kernel: seeded shapes, types, layouts and values, as arguments of `torch.ops.edgetune.<name>`."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgetune.kernels import fallback, is_channels_last
+
+CASES_EACH = 60
+CHANNELS_LAST = torch.channels_last
+# Borders, then shapes that fill whole vectors, tiles and more than one thread.
+SHAPES = [(1, 1, 1, 1), (0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 5), (1, 3, 5, 0), (2, 3, 7, 9), (1, 5, 14, 14),
+          (2, 16, 8, 32), (3, 70, 9, 21), (1, 2, 3, 1100), (1, 2, 40, 3), (2, 64, 56, 56), (1, 9, 33, 65)]
+
+
+def _layout(x: Tensor, chosen: random.Random) -> Tensor:
+    kind = chosen.choice(["contiguous", "last", "last", "unaligned", "sliced", "expanded"])
+    if kind == "last":
+        return x.contiguous(memory_format=CHANNELS_LAST)
+    if kind == "unaligned" and x.numel():
+        buffer = torch.empty(x.numel() + 1, dtype=x.dtype)
+        return buffer[1:].view(x.shape).copy_(x)
+    if kind == "sliced":
+        return torch.stack([x, x], -1)[..., 0]
+    if kind == "expanded":
+        return x[:, :, :1, :1].expand(x.shape) if min(x.shape) else x
+    return x
+
+
+def _values(shape: tuple[int, ...], chosen: random.Random, odd: bool) -> Tensor:
+    x = torch.randn(shape) * 2
+    if chosen.random() < 0.3:
+        x = x.round()  # many ties, and values on the mask's bounds
+    if odd and x.numel():
+        flat = x.view(-1)
+        for value in (float("nan"), float("inf"), float("-inf"), -0.0):
+            flat[torch.randint(0, flat.numel(), (1 + flat.numel() // 50,))] = value
+    return x
+
+
+def _map(chosen: random.Random) -> Tensor:
+    if chosen.random() < 0.5:
+        shape = chosen.choice(SHAPES)
+    else:
+        shape = (chosen.randint(1, 3), chosen.randint(1, 40), chosen.randint(1, 30), chosen.randint(1, 40))
+    dtype = chosen.choice([torch.float32, torch.float32, torch.bfloat16, torch.float64])
+    return _layout(_values(shape, chosen, chosen.random() < 0.4).to(dtype), chosen)
+
+
+def _cell(chosen: random.Random) -> tuple[int, int]:
+    one = chosen.choice([1, 2, 2, 3, 4, 4, 5, 7, 8, 9])
+    return chosen.choice([(one, one), (one, chosen.randint(1, 9)), (chosen.randint(1, 40), chosen.randint(1, 50))])
+
+
+def _bounds(chosen: random.Random) -> tuple[float, float]:
+    return chosen.choice([(0.0, float("inf")), (0.0, 6.0), (-3.0, 3.0), (0.1, 1.7)])
+
+
+def _dense_map(chosen: random.Random) -> Tensor:
+    x = _map(chosen)
+    return x if is_channels_last(x) else x.contiguous()
+
+
+def patch_mean(chosen: random.Random) -> tuple[Any, ...]:
+    return _map(chosen), *_cell(chosen)
+
+
+def patch_spread(chosen: random.Random) -> tuple[Any, ...]:
+    x, cell = _map(chosen), _cell(chosen)
+    return fallback.patch_mean(x, *cell), *x.shape[2:], *cell, chosen.random() < 0.5
+
+
+def mask_pack(chosen: random.Random) -> tuple[Any, ...]:
+    return _map(chosen), *_bounds(chosen)
+
+
+def mask_apply(chosen: random.Random) -> tuple[Any, ...]:
+    g = _dense_map(chosen)
+    return g, torch.randint(0, 256, ((g.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+def mask_count(chosen: random.Random) -> tuple[Any, ...]:
+    return _map(chosen), *_bounds(chosen), *_cell(chosen)
+
+
+def bits_count(chosen: random.Random) -> tuple[Any, ...]:
+    g, bits = mask_apply(chosen)
+    return bits, *g.shape, *_cell(chosen), is_channels_last(g)
+
+
+def masked_patch_mean(chosen: random.Random) -> tuple[Any, ...]:
+    return *mask_apply(chosen), *_cell(chosen)
+
+
+def patch_mean_count(chosen: random.Random) -> tuple[Any, ...]:
+    cell = _cell(chosen)
+    return _map(chosen), *_bounds(chosen), *cell, *(cell if chosen.random() < 0.6 else _cell(chosen))
+
+
+def tap_sum(chosen: random.Random) -> tuple[Any, ...]:
+    o, i, size = chosen.randint(0, 40), chosen.randint(1, 40), chosen.choice([1, 2, 3, 3, 5, 7])
+    dtype = chosen.choice([torch.float32, torch.bfloat16, torch.float64])
+    return (_layout(torch.randn(o, i, size, chosen.choice([size, 1, 4])).to(dtype), chosen),)
+
+
+def tap_spread(chosen: random.Random) -> tuple[Any, ...]:
+    (w,) = tap_sum(chosen)
+    return w.sum((2, 3)), *w.shape[2:]
+
+
+def _geometry(x: Tensor, chosen: random.Random) -> tuple[int, ...]:
+    while True:
+        kernel = chosen.choice([(2, 2), (3, 3), (3, 3), (1, 3), (5, 4), (7, 2)])
+        stride = chosen.choice([(2, 2), (1, 1), (2, 1), (3, 4)])
+        pad = tuple(chosen.randint(0, k // 2) for k in kernel)
+        dil = chosen.choice([(1, 1), (1, 1), (2, 1), (2, 3)])
+        if all(size + 2 * p > d * (k - 1) for size, p, d, k in zip(x.shape[2:], pad, dil, kernel, strict=True)):
+            return *kernel, *stride, *pad, *dil
+
+
+def max_pool(chosen: random.Random) -> tuple[Any, ...]:
+    while True:
+        x = _map(chosen)
+        if min(x.shape) > 0:
+            return x, *_geometry(x, chosen), chosen.random() < 0.5
+
+
+def max_pool_backward(chosen: random.Random) -> tuple[Any, ...]:
+    x, *geometry, ceil_mode = max_pool(chosen)
+    y, index = fallback.max_pool(x, *geometry, ceil_mode)
+    return _layout(torch.randn(y.shape).to(y.dtype), chosen), index, *x.shape[2:], *geometry
+
+
+MAKERS: dict[str, Callable[[random.Random], tuple[Any, ...]]] = {
+    make.__name__: make for make in (patch_mean, patch_spread, mask_pack, mask_apply, mask_count, bits_count,
+                                     masked_patch_mean, patch_mean_count, tap_sum, tap_spread, max_pool,
+                                     max_pool_backward)}
+
+
+def cases(name: str, count: int = CASES_EACH) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """(seed, arguments) of each case of a kernel; a failing test prints the seed."""
+    for number in range(count):
+        seed = zlib.crc32(name.encode()) % 10_000 + number
+        torch.manual_seed(seed)
+        yield seed, MAKERS[name](random.Random(seed))
+
+
+def as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)

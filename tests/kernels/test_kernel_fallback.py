@@ -1,0 +1,156 @@
+"""The fallback against slow loops in float64, over the case lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernels.kernel_cases import MAKERS, as_tuple, cases
+from torch import Tensor
+
+from edgetune.kernels import fallback, is_channels_last
+
+SMALL = 20_000  # elements: loops in Python are slow
+
+
+def _memory_order(x: Tensor) -> list[tuple[int, ...]]:
+    """Indices of the elements of x (n c h w) in the order that masks are packed."""
+    n, c, h, w = x.shape
+    if is_channels_last(x):
+        return [(a, b, i, j) for a in range(n) for i in range(h) for j in range(w) for b in range(c)]
+    return [(a, b, i, j) for a in range(n) for b in range(c) for i in range(h) for j in range(w)]
+
+
+def _cells(x: Tensor, cell_h: int, cell_w: int) -> list[list[Tensor]]:
+    h, w = x.shape[2:]
+    return [[x[:, :, i:i + cell_h, j:j + cell_w] for j in range(0, w, cell_w)] for i in range(0, h, cell_h)]
+
+
+def _each_cell(x: Tensor, cell_h: int, cell_w: int, mean: bool) -> Tensor:
+    rows = [torch.stack([part.sum((2, 3)) / (part.shape[2] * part.shape[3] if mean else 1) for part in row], -1)
+            for row in _cells(x, cell_h, cell_w)]
+    return torch.stack(rows, -2)
+
+
+def _bits(bits: Tensor, like: Tensor) -> Tensor:
+    keep = torch.zeros(like.shape, dtype=torch.float64)
+    octets = bits.tolist()
+    for at, where in enumerate(_memory_order(like)):
+        keep[where] = octets[at // 8] >> (at % 8) & 1
+    return keep
+
+
+def slow_patch_mean(x: Tensor, cell_h: int, cell_w: int) -> Tensor:
+    return _each_cell(x.double(), cell_h, cell_w, mean=True)
+
+
+def slow_patch_spread(v: Tensor, h: int, w: int, cell_h: int, cell_w: int, channels_last: bool) -> Tensor:
+    rows = torch.arange(h) // cell_h
+    return v.double()[:, :, rows][..., torch.arange(w) // cell_w]
+
+
+def slow_mask_pack(x: Tensor, low: float, high: float) -> Tensor:
+    packed = [0] * ((x.numel() + 7) // 8)
+    low, high = torch.tensor([low, high], dtype=x.dtype if x.dtype == torch.float64 else torch.float32).tolist()
+    values = x.double()
+    for at, where in enumerate(_memory_order(x)):
+        packed[at // 8] |= (low < values[where].item() < high) << (at % 8)
+    return torch.tensor(packed, dtype=torch.float64)
+
+
+def slow_mask_apply(g: Tensor, bits: Tensor) -> Tensor:
+    return torch.where(_bits(bits, g) > 0, g.double(), 0)
+
+
+def slow_mask_count(x: Tensor, low: float, high: float, cell_h: int, cell_w: int) -> Tensor:
+    low, high = torch.tensor([low, high], dtype=x.dtype if x.dtype == torch.float64 else torch.float32).tolist()
+    return _each_cell(((x.double() > low) & (x.double() < high)).double(), cell_h, cell_w, mean=False)
+
+
+def slow_bits_count(bits: Tensor, n: int, c: int, h: int, w: int, cell_h: int, cell_w: int, last: bool) -> Tensor:
+    like = torch.empty(n, c, h, w).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return _each_cell(_bits(bits, like), cell_h, cell_w, mean=False)
+
+
+def slow_masked_patch_mean(g: Tensor, bits: Tensor, cell_h: int, cell_w: int) -> Tensor:
+    return _each_cell(slow_mask_apply(g, bits), cell_h, cell_w, mean=True)
+
+
+def slow_patch_mean_count(x: Tensor, low: float, high: float, *cells: int) -> tuple[Tensor, Tensor]:
+    return slow_patch_mean(x, *cells[:2]), slow_mask_count(x, low, high, *cells[2:])
+
+
+def slow_tap_sum(w: Tensor) -> Tensor:
+    return sum((w[:, :, u, v].double() for u in range(w.shape[2]) for v in range(w.shape[3])), torch.zeros(w.shape[:2]))
+
+
+def slow_tap_spread(gw: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
+    return gw.double()[:, :, None, None].repeat(1, 1, kernel_h, kernel_w)
+
+
+def slow_max_pool(x: Tensor, kh: int, kw: int, sh: int, sw: int, ph: int, pw: int, dh: int, dw: int,
+                  ceil_mode: bool) -> tuple[Tensor, Tensor]:
+    y = F.max_pool2d(x.double(), (kh, kw), (sh, sw), (ph, pw), (dh, dw), ceil_mode)
+    index = torch.zeros_like(y)
+    p, q = y.shape[2:]
+    for i in range(p):
+        for j in range(q):
+            best = torch.full(y.shape[:2], float("-inf"), dtype=torch.float64)
+            seen = torch.zeros(y.shape[:2], dtype=torch.bool)
+            for u in range(kh):
+                for v in range(kw):
+                    row, column = i * sh - ph + u * dh, j * sw - pw + v * dw
+                    if 0 <= row < x.shape[2] and 0 <= column < x.shape[3]:
+                        value = x[:, :, row, column].double()
+                        wins = (value > best) | value.isnan() | ~seen
+                        index[:, :, i, j] = torch.where(wins, u * kw + v, index[:, :, i, j])
+                        best, seen = torch.where(wins, value, best), seen | True
+            assert torch.equal(best.nan_to_num(7), y[:, :, i, j].nan_to_num(7))
+    return y, index
+
+
+def slow_max_pool_backward(gy: Tensor, index: Tensor, h: int, w: int, kh: int, kw: int, sh: int, sw: int, ph: int,
+                           pw: int, dh: int, dw: int) -> Tensor:
+    gx = torch.zeros(*gy.shape[:2], h, w, dtype=torch.float64)
+    for a, b, i, j in torch.cartesian_prod(*(torch.arange(size) for size in gy.shape)).tolist():
+        position = int(index[a, b, i, j])
+        gx[a, b, i * sh - ph + position // kw * dh, j * sw - pw + position % kw * dw] += gy[a, b, i, j].double()
+    return gx
+
+
+def _size(arguments: tuple[Any, ...]) -> int:
+    numbers = [x for x in arguments if isinstance(x, Tensor)]
+    return max((8 if x.dtype == torch.uint8 else 1) * x.numel() for x in numbers)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_fallback_equals_slow_loop(name: str) -> None:
+    tried = 0
+    for seed, arguments in cases(name):
+        if _size(arguments) > (SMALL if name not in ("max_pool_backward", "mask_pack") else 3000):
+            continue
+        if any(isinstance(x, Tensor) and x.numel() == 0 for x in arguments):
+            assert all(out.numel() == 0 for out in as_tuple(getattr(fallback, name)(*arguments)))
+            continue
+        tried += 1
+        wanted = as_tuple(globals()[f"slow_{name}"](*arguments))
+        got = as_tuple(getattr(fallback, name)(*arguments))
+        for a, b in zip(got, wanted, strict=True):
+            close = 2e-2 if a.dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(a.double(), b.double(), equal_nan=True, rtol=close, atol=close,
+                                       msg=lambda text, seed=seed: f"{name} seed {seed}: {text}")
+    assert tried >= 5
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_max_pool_and_its_gradient_are_those_of_torch(ceil_mode: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 11, 13).round().requires_grad_()
+    y = F.max_pool2d(x, 3, 2, 1, 1, ceil_mode)
+    gy = torch.randn_like(y)
+    y.backward(gy)
+    mine, index = fallback.max_pool(x.detach(), 3, 3, 2, 2, 1, 1, 1, 1, ceil_mode)
+    assert torch.equal(mine, y)
+    torch.testing.assert_close(fallback.max_pool_backward(gy, index, 11, 13, 3, 3, 2, 2, 1, 1, 1, 1), x.grad)
