@@ -1,0 +1,278 @@
+"""model, Plan -> model': swap the backward pass in place, before DistributedDataParallel and the optimizer are made.
+
+Parameters, state_dict keys and module types stay as they are. The model's `forward` is routed through code generated
+from its own graph, in which the planned segments are single calls; without gradients the original forward runs.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from edgetune.contract import LayerMethod, Plan, Segment, SegmentMethod, one_call
+from edgetune.errors import PlanError, Refusal
+from edgetune.graph import Call, Graph, follow, trace
+from edgetune.hosts.conv import ConvRule
+from edgetune.hosts.pointwise import exact_rule
+from edgetune.hosts.segment import runner
+from edgetune.methods.backward.exact import Exact
+
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass
+class Undo:
+    """Call it to give the model back as it was: forward, modes and flags; what was learned stays."""
+
+    _steps: list[Callable[[], None]] = field(default_factory=list)
+    segments: tuple[Segment, ...] = ()
+
+    def __call__(self) -> None:
+        while self._steps:
+            self._steps.pop()()
+
+
+def apply(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
+    """Make `model` train as `plan` says, in place; returns the undo.
+
+    Only what the plan lists learns; batch norms keep their running statistics. `graph` saves tracing anew.
+    Raises PlanError for layers that the model does not have, Refusal for layers that a method cannot take.
+    """
+    if "_edgetune" in model.__dict__:
+        raise PlanError("a plan is applied to this model already: call its undo first")
+    graph = graph or trace(model, _zeros(model, plan.input_shape))
+    _check(model, graph, plan)
+    undo = Undo()
+    try:
+        _choose_what_learns(model, plan, undo)
+        _freeze_statistics(model, undo)
+        segments = claim(graph, plan)
+        undo.segments = tuple(segments)
+        _route(model, graph, [s for s in segments if s.calls[0].followed], undo)
+        for segment in segments:
+            if not segment.calls[0].followed:
+                _route_module(model, segment, undo)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def claim(graph: Graph, plan: Plan) -> list[Segment]:
+    """Which segments the plan makes of the graph: method by method, then exact hosts along the gradient's path."""
+    segments: list[Segment] = []
+    taken: set[str] = set()
+    kinds = {type(m) for stack in plan.layers.values() for m in stack}
+    for kind in sorted(kinds, key=lambda kind: kind.method):
+        if not (issubclass(kind, SegmentMethod) or hasattr(kind, "claim")):
+            continue
+        for segment in kind.claim(graph, plan):
+            if not taken & {call.node for call in segment.calls}:
+                segments.append(segment)
+                taken |= {call.node for call in segment.calls}
+    for call in _on_gradient_path(graph, plan):
+        if call.node in taken or _written_under_a_reader(call, graph):
+            continue
+        if call.kind == "conv":
+            method = plan.settings(call.name, LayerMethod) or Exact()
+            assert isinstance(method, LayerMethod)
+            segments.append(one_call(ConvRule(method), call))
+        elif (rule := exact_rule(call)) is not None:
+            segments.append(one_call(rule, call))
+    return segments
+
+
+def _on_gradient_path(graph: Graph, plan: Plan) -> list[Call]:
+    """Calls through which a gradient passes: those that learn, and all that read what they made."""
+    learned, reached, path = plan.learned(), set(), []
+    for call in graph.calls:
+        own = bool(learned & set(call.params.values()))
+        # inside a submodule that could not be followed, every layer may lie on the path
+        if own or any(node in reached for node in call.inputs) or not call.followed:
+            reached.add(call.node)
+            path.append(call)
+    return path
+
+
+def _written_under_a_reader(call: Call, graph: Graph) -> bool:
+    """An in-place call whose input others read afterwards means something else out of place: leave it stock."""
+    return call.in_place and call.followed and len(graph[call.inputs[0]].consumers) > 1
+
+
+def _zeros(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
+    first = next(model.parameters(), torch.zeros(()))
+    return torch.zeros(shape, device=first.device, dtype=first.dtype)
+
+
+def _check(model: nn.Module, graph: Graph, plan: Plan) -> None:
+    calls = {call.name: call for call in graph.calls if call.params}
+    for layer, stack in plan.layers.items():
+        if layer not in calls:
+            raise PlanError(f"the plan speaks of layer '{layer}', which this model does not have or does not call: "
+                            "make a plan for this very model with `edgetune plan`")
+        for method in stack:
+            reason = method.refuse(calls[layer])
+            if reason is not None:
+                head, _, way_out = reason.partition(": ")
+                raise Refusal(layer, head, way_out or "leave it out of the plan")
+    missing = plan.learned() - {name for name, _ in model.named_parameters()}
+    if missing:
+        raise PlanError(f"the plan trains '{sorted(missing)[0]}', which is no parameter of this model: "
+                        "make a plan for this very model with `edgetune plan`")
+
+
+def _choose_what_learns(model: nn.Module, plan: Plan, undo: Undo) -> None:
+    learned = plan.learned()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != (name in learned):
+            undo._steps.append(_restore_flag(parameter))
+            parameter.requires_grad_(name in learned)
+
+
+def _restore_flag(parameter: nn.Parameter) -> Callable[[], None]:
+    before = parameter.requires_grad
+
+    def restore() -> None:
+        parameter.requires_grad_(before)
+    return restore
+
+
+def _stay_frozen(self: nn.Module, mode: bool = True) -> nn.Module:
+    """A norm's `train` that keeps its running statistics, whatever the model around it does."""
+    self.training = False
+    return self
+
+
+def _freeze_statistics(model: nn.Module, undo: Undo) -> None:
+    for module in model.modules():
+        if isinstance(module, _NORMS) and module.running_mean is not None:
+            before = module.training
+            module.train = types.MethodType(_stay_frozen, module)  # type: ignore[method-assign]
+            module.training = False
+            undo._steps.append(_thaw(module, before))
+
+
+def _thaw(module: nn.Module, before: bool) -> Callable[[], None]:
+    def restore() -> None:
+        del module.__dict__["train"]
+        module.training = before
+    return restore
+
+
+def _route(model: nn.Module, graph: Graph, segments: list[Segment], undo: Undo) -> None:
+    """Give the model a forward in which every segment is one call."""
+    if not segments:
+        return
+    code = {mode: _generate(model, mode, segments) for mode in (False, True)}
+    instance_forward = model.__dict__.get("forward")
+    model.__dict__["_edgetune"] = _Routes(code, instance_forward)
+    model.forward = types.MethodType(_routed_forward, model)
+
+    def restore() -> None:
+        del model.__dict__["_edgetune"], model.__dict__["forward"]
+        if instance_forward is not None:
+            model.forward = instance_forward
+    undo._steps.append(restore)
+
+
+@dataclass(frozen=True)
+class _Routes:
+    code: dict[bool, Callable[..., Any]]
+    instance_forward: Callable[..., Any] | None
+
+
+def _routed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    routes: _Routes = self.__dict__["_edgetune"]
+    if torch.is_grad_enabled():
+        return routes.code[self.training](self, *args, **kwargs)
+    if routes.instance_forward is not None:
+        return routes.instance_forward(*args, **kwargs)
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _generate(model: nn.Module, training: bool, segments: list[Segment]) -> Callable[..., Any]:
+    """Source code from the model's own graph with its segments put in, as a function of the model."""
+    before = model.training
+    model.train(training)
+    try:
+        graph, _ = follow(model)
+    finally:
+        model.train(before)
+    assert graph is not None
+    nodes = {node.name: node for node in graph.nodes}
+    for number, segment in enumerate(segments):
+        unknown = [call.node for call in segment.calls if call.node not in nodes]
+        if unknown:
+            raise Refusal(segment.name, "is called differently in training than in evaluation",
+                          "leave it out of the plan")
+        _replace(graph, nodes, segment, number)
+    _sort(graph)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
+    graph.lint()
+    source = graph.python_code("self")
+    scope: dict[str, Any] = dict(source.globals)
+    exec(compile(source.src, f"<edgetune forward of {type(model).__name__}>", "exec"), scope)
+    forward: Callable[..., Any] = scope["forward"]
+    return forward
+
+
+def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], segment: Segment, number: int) -> None:
+    last = nodes[segment.calls[-1].node]
+    with graph.inserting_after(last):
+        call = graph.create_node("call_function", runner(segment, f"segment_{number}"), name=f"segment_{number}")
+    with graph.inserting_before(call):
+        params = tuple(graph.create_node("get_attr", name) for name in segment.params)
+    call.args = (*(nodes[name] for name in segment.inputs), *params)
+    for index, name in enumerate(segment.outputs):
+        value = call
+        if len(segment.outputs) > 1:
+            with graph.inserting_after(call):
+                value = graph.create_node("call_function", _pick, (call, index), name=f"segment_{number}_{index}")
+        nodes[name].replace_all_uses_with(value, delete_user_cb=lambda user: user is not call)
+        stale, nodes[name] = nodes[name], value
+        nodes[f"stale:{stale.name}"] = stale
+    for member in reversed(segment.calls):
+        node = nodes.pop(f"stale:{member.node}", None) or nodes[member.node]
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _pick(values: tuple[torch.Tensor, ...], index: int) -> torch.Tensor:
+    return values[index]
+
+
+def _sort(graph: fx.Graph) -> None:
+    """Put every node after all that it reads, otherwise keeping the order."""
+    *waiting, end = graph.nodes
+    placed: set[fx.Node] = set()
+    while waiting:
+        ready = next(node for node in waiting if placed.issuperset(node.all_input_nodes))
+        end.prepend(ready)
+        placed.add(ready)
+        waiting.remove(ready)
+
+
+def _route_module(model: nn.Module, segment: Segment, undo: Undo) -> None:
+    """One layer inside a submodule that could not be followed: its own forward becomes the segment."""
+    call = segment.calls[0]
+    module = model.get_submodule(call.name)
+    if "forward" in module.__dict__ or not call.params and call.kind != "activation":
+        return
+    run = runner(segment, "segment")
+    names = [name.rpartition(".")[2] for name in segment.params]
+
+    def forward(self: nn.Module, x: torch.Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return type(self).forward(self, x)
+        return run(x, *(getattr(self, name) for name in names))
+
+    module.forward = types.MethodType(forward, module)
+
+    def restore() -> None:
+        del module.__dict__["forward"]
+    undo._steps.append(restore)

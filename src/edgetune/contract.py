@@ -1,0 +1,183 @@
+"""What a method promises, and what a plan says. The hosts rely on nothing else.
+
+A method is a frozen settings record with a name. It comes in one of two shapes:
+
+    LayerMethod     save(x, geometry) -> kept;  receive(gy, geometry) -> g;
+                    grad_input(g, weight, geometry) -> gx;  grad_weight(kept, g, geometry) -> gw
+    SegmentMethod   claim(graph, plan) -> segments, each with a Rule: forward -> outputs, kept; backward -> gradients
+
+Subclasses register themselves by name; `edgetune.methods` imports every file of its folders.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import SerializeAsAny, ValidationError, field_serializer, field_validator
+
+from edgetune.errors import PlanError
+from edgetune.graph import Call, Graph
+from edgetune.overlap import ConvGeometry
+from edgetune.record import Record
+
+Tensors = Mapping[str, torch.Tensor]
+REGISTRY: dict[str, type[Method]] = {}
+HEADINGS = ("What it does", "Shapes", "What is kept (bytes)", "What changes in the gradient or the answer",
+            "When not to use", "Reference")
+
+
+class Method(Record):
+    """Settings of one method on one layer; units stand in the field names."""
+
+    method: ClassVar[str] = ""
+    family: ClassVar[Literal["backward", "arithmetic", "structure"]] = "backward"
+    forward_is: ClassVar[Literal["identical", "bounded", "changed"]] = "identical"
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        if not cls.__dict__.get("method"):
+            return
+        known = REGISTRY.get(cls.method)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise TypeError(f"two methods call themselves '{cls.method}': {known.__module__} and {cls.__module__}")
+        REGISTRY[cls.method] = cls
+
+    @classmethod
+    def explain(cls) -> str:
+        """The method's page: the docstring of its file, under the six headings."""
+        return inspect.getdoc(inspect.getmodule(cls)) or ""
+
+    def refuse(self, call: Call) -> str | None:
+        """Why this layer cannot be taken, as "reason: way out", or None."""
+        return None
+
+
+class LayerMethod(Method):
+    """A method that changes what one convolution keeps for backward and how its gradients are computed."""
+
+    def save(self, x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+        """What stays of the input x (n c h w) until backward."""
+        return x
+
+    def receive(self, gy: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+        """What both gradients need of gy (n o h w), computed once."""
+        return gy
+
+    def grad_input(self, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+        """The gradient of the input, gx (n c h w), from what `receive` gave."""
+        raise TypeError(f"method '{self.method}' declares no grad_input")
+
+    def grad_weight(self, kept: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+        """The gradient of the weight, gw (o i u v), from what `save` and `receive` gave."""
+        raise TypeError(f"method '{self.method}' declares no grad_weight")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients autograd asks for: one flag an input, and the names of the parameters."""
+
+    inputs: tuple[bool, ...]
+    params: frozenset[str]
+
+
+class Rule(Protocol):
+    """The forward and backward of a segment, as pure functions on tensors."""
+
+    def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors,
+                needs: Needs) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+        """Outputs, and the named tensors to keep for backward."""
+        ...
+
+    def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
+                 needs: Needs) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
+        """Gradients of the inputs, and of the parameters by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of calls that goes forward and backward as one.
+
+    `inputs` and `outputs` are node names, `params` the qualified names of the tensors it reads; it holds no modules.
+    """
+
+    rule: Rule = field(repr=False)
+    calls: tuple[Call, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    params: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The layers it spans, for messages and listings."""
+        first, last = self.calls[0].name, self.calls[-1].name
+        return first if first == last else f"{first} ... {last}"
+
+
+def one_call(rule: Rule, call: Call) -> Segment:
+    """A segment of a single call."""
+    return Segment(rule=rule, calls=(call,), inputs=call.inputs, outputs=(call.node,),
+                   params=tuple(call.params.values()))
+
+
+class SegmentMethod(Method):
+    """A method whose backward spans several calls."""
+
+    @classmethod
+    def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
+        """The segments that this method takes of the layers which the plan gives to it."""
+        raise TypeError(f"method '{cls.method}' declares no claim")
+
+
+class Plan(Record):
+    """Which layers learn, and how each one's gradient is computed: a file a person can read, diff and edit.
+
+    `layers` maps a layer to its stack of method settings, `learns` a layer to the parameters that train
+    (weight, bias); what is in neither is frozen. `micro_batch` samples go through at a time, None meaning all.
+    """
+
+    input_shape: tuple[int, ...]
+    layers: dict[str, tuple[SerializeAsAny[Method], ...]] = {}
+    learns: dict[str, tuple[str, ...]] = {}
+    micro_batch: int | None = None
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _read_methods(cls, layers: Any) -> Any:
+        if not isinstance(layers, Mapping):
+            return layers
+        return {name: tuple(_read_method(name, entry) for entry in stack) for name, stack in layers.items()}
+
+    @field_serializer("layers")
+    def _write_methods(self, layers: dict[str, tuple[Method, ...]]) -> dict[str, list[dict[str, Any]]]:
+        return {name: [{"method": m.method, **m.model_dump()} for m in stack] for name, stack in layers.items()}
+
+    def settings(self, layer: str, family: type[Method]) -> Method | None:
+        """The settings of `family` (a class) that the plan gives to a layer, or None."""
+        return next((m for m in self.layers.get(layer, ()) if isinstance(m, family)), None)
+
+    def learned(self) -> frozenset[str]:
+        """Qualified names of the parameters that train."""
+        return frozenset(f"{layer}.{role}" if layer else role for layer, roles in self.learns.items()
+                         for role in roles)
+
+
+def _read_method(layer: str, entry: Any) -> Method:
+    if isinstance(entry, Method):
+        return entry
+    if not isinstance(entry, Mapping) or entry.get("method") not in REGISTRY:
+        named = entry.get("method") if isinstance(entry, Mapping) else entry
+        raise PlanError(f"the plan gives layer '{layer}' the method '{named}', which is not known: "
+                        f"choose from {', '.join(sorted(REGISTRY))}")
+    given = dict(entry)
+    kind = REGISTRY[given.pop("method")]
+    try:
+        return kind(**given)
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        raise PlanError(f"the plan's settings of '{kind.method}' for layer '{layer}' do not hold: "
+                        f"{'.'.join(map(str, first['loc']))}: {first['msg']}; mend that entry") from failure

@@ -1,0 +1,1 @@
+"""The fiddly code, written once: methods supply pure tensor functions, the hosts own autograd."""

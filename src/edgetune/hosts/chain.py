@@ -1,0 +1,352 @@
+"""The chain host: a run of calls forward on full maps, backward on the patch grid.
+
+`schedule` decides once, from the graph, how each activation is kept: as open counts a patch where its gradient
+arrives constant on patches and is projected at once, as bits elsewhere. `ChainRule` then runs the calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from edgetune import kernels
+from edgetune.contract import Needs, Segment, Tensors
+from edgetune.graph import Call, Graph
+from edgetune.hosts.conv import convolve
+from edgetune.hosts.grid import (
+    PIXEL,
+    Cell,
+    Term,
+    cell_area,
+    mask,
+    merge,
+    on,
+    project,
+    refines,
+    scale,
+    spread,
+)
+from edgetune.hosts.pointwise import activate, norm_scale, normalise, per_channel, slope
+from edgetune.overlap import ConvGeometry
+from edgetune.recognise import MASKS
+
+Flow = tuple[Cell, bool]
+"""How a gradient arrives: the cells it is constant on, and whether bits mask it."""
+
+
+class ConvSettings(Protocol):
+    """What the host needs to know of a convolution's method."""
+
+    patch_px: int
+    taps: Any
+
+
+class GridProducts(Protocol):
+    """The two products of a convolution's backward pass on the grid."""
+
+    def input_cell(self, geometry: ConvGeometry, patch_px: int, taps: Any) -> Cell: ...
+    def grad_input(self, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry, patch_px: int,
+                   taps: Any) -> torch.Tensor: ...
+    def grad_weight(self, x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry, patch_px: int,
+                    taps: Any) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`cells`: where a value's gradient is projected; `counted`: activations and gates kept on these cells;
+    `refused`: calls that cannot be part of the run."""
+
+    cells: Mapping[str, Cell]
+    counted: Mapping[str, Cell]
+    refused: frozenset[str]
+
+
+def schedule(graph: Graph, run: tuple[Call, ...], settings: Mapping[str, ConvSettings],
+             grid: GridProducts) -> Schedule:
+    """Walk the run backward once and decide what each call keeps."""
+    inside = {call.node for call in run}
+    cells = _projection_cells(run, settings)
+    flows: dict[str, list[Flow]] = {call.node: [(PIXEL, False)] for call in run
+                                    if any(reader not in inside for reader in call.consumers)}
+    counted: dict[str, Cell] = {}
+    refused: set[str] = set()
+    for call in reversed(run):
+        arriving = flows.get(call.node, [])
+        hw = (call.out_shape[2], call.out_shape[3]) if len(call.out_shape) == 4 else PIXEL
+        leaving = [arriving] * len(call.inputs)
+        if call.kind == "conv":
+            assert call.geometry is not None
+            own = settings[call.node]
+            leaving = [[(grid.input_cell(call.geometry, own.patch_px, own.taps), False)]]
+        elif call.kind == "norm" and call.inputs[0] in cells:
+            leaving = [[(cells[call.inputs[0]], False)]]
+        elif call.kind == "mean":
+            leaving = [[((call.in_shapes[0][2], call.in_shapes[0][3]), False)]]
+        elif call.kind == "activation":
+            cell = cells.get(call.inputs[0])
+            constant = cell is not None and all(not masked and c != PIXEL and refines(hw, c, cell)
+                                                for c, masked in arriving)
+            if constant and cell is not None and (call.function not in MASKS or cell[0] * cell[1] >= 8):
+                counted[call.node] = cell
+                leaving = [[(cell, False)]]
+            elif call.function in MASKS:
+                leaving = [[(c, True) for c, _ in arriving]]
+            else:
+                refused.add(call.node)
+        elif call.kind == "scale":
+            if len(set(arriving)) == 1 and not arriving[0][1] and arriving[0][0] != PIXEL:
+                counted[call.node] = arriving[0][0]
+            else:
+                refused.add(call.node)
+        for node, flow in zip(call.inputs, leaving, strict=True):
+            flows.setdefault(node, []).extend(flow)
+    return Schedule(cells, counted, frozenset(refused))
+
+
+def _projection_cells(run: tuple[Call, ...], settings: Mapping[str, ConvSettings]) -> dict[str, Cell]:
+    """Values that go straight down to one convolution's output (through norms only), with its patch."""
+    cells: dict[str, Cell] = {}
+    for call in run:
+        if len(call.consumers) > 1 or not call.consumers:
+            continue
+        if call.kind == "conv":
+            cells[call.node] = (settings[call.node].patch_px,) * 2
+        elif call.kind == "norm" and call.inputs[0] in cells:
+            cells[call.node] = cells[call.inputs[0]]
+    return cells
+
+
+@dataclass
+class _Pass:
+    """One forward or backward pass: what the steps read and write."""
+
+    params: Tensors
+    needs: Needs
+    live: frozenset[str]
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    grads: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add_grad(self, name: str, grad: torch.Tensor) -> None:
+        """A parameter used twice gets the sum."""
+        known = self.grads.get(name)
+        self.grads[name] = grad if known is None else known + grad
+
+
+@dataclass(frozen=True)
+class ChainRule:
+    """Forward call by call on full maps; backward on the grid, by the schedule."""
+
+    schedule: Schedule
+    settings: Mapping[str, ConvSettings]
+    grid: GridProducts
+
+    def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors,
+                needs: Needs) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+        state = _Pass(params, needs, live_values(segment, needs))
+        values = dict(zip(segment.inputs, xs, strict=True))
+        last_use = {node: call.node for call in segment.calls for node in call.inputs}
+        for x, node in zip(xs, segment.inputs, strict=True):
+            state.kept[f"size:{node}"] = x.new_empty((*x.shape[2:], 0))
+        for call in segment.calls:
+            given = [values[node] for node in call.inputs]
+            values[call.node] = _FORWARD[call.kind](self, call, given, state)
+            for node in call.inputs:
+                if last_use[node] == call.node and node not in segment.outputs:
+                    values.pop(node, None)
+        return tuple(values[node] for node in segment.outputs), state.kept
+
+    def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
+                 needs: Needs) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
+        state = _Pass(params, needs, live_values(segment, needs), dict(kept))
+        sizes = map_sizes(segment, kept)
+        flows: dict[str, list[Term]] = {}
+        for node, gy in zip(segment.outputs, gys, strict=True):
+            if gy is not None:
+                flows[node] = [Term(gy if gy.dim() == 4 else gy[:, :, None, None], PIXEL)]
+        for call in reversed(segment.calls):
+            terms = merge(flows.pop(call.node, []))
+            if not terms or call.node not in state.live:
+                continue
+            leaving = _BACKWARD[call.kind](self, call, terms, sizes, state)
+            for node, flow in zip(call.inputs, leaving, strict=True):
+                if node in state.live:
+                    flows.setdefault(node, []).extend(flow)
+        gxs = tuple(spread(merge(flows.get(node, [])), sizes[node]) if wanted else None
+                    for node, wanted in zip(segment.inputs, needs.inputs, strict=True))
+        return gxs, state.grads
+
+
+def live_values(segment: Segment, needs: Needs) -> frozenset[str]:
+    """The values through which a wanted gradient flows."""
+    live = {node for node, wanted in zip(segment.inputs, needs.inputs, strict=True) if wanted}
+    for call in segment.calls:
+        if any(node in live for node in call.inputs) or needs.params & set(call.params.values()):
+            live.add(call.node)
+    return frozenset(live)
+
+
+def map_sizes(segment: Segment, kept: Tensors) -> dict[str, tuple[int, int]]:
+    """Rows and columns of every value, from those of the inputs."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for node in segment.inputs:
+        shape = kept[f"size:{node}"].shape
+        sizes[node] = (int(shape[0]), int(shape[1]))
+    for call in segment.calls:
+        size = sizes[call.inputs[0]]
+        if call.geometry is not None:
+            size = call.geometry.at(*size).out_hw
+        elif call.kind == "scale":
+            size = max(size, sizes[call.inputs[1]])
+        sizes[call.node] = PIXEL if call.kind == "mean" else size
+    return sizes
+
+
+def _conv(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) -> torch.Tensor:
+    assert call.geometry is not None
+    x = given[0]
+    geometry = call.geometry.at(int(x.shape[2]), int(x.shape[3]))
+    weight, bias = state.params[call.params["weight"]], state.params.get(call.params.get("bias", ""))
+    y = convolve(x, weight, bias, geometry)
+    if call.params["weight"] in state.needs.params:
+        own = rule.settings[call.node]
+        cell = rule.grid.input_cell(geometry, own.patch_px, own.taps)
+        key = f"mean:{call.inputs[0]}:{cell[0]}x{cell[1]}"
+        if key not in state.kept:
+            state.kept[key] = kernels.patch_mean(x.to(y.dtype), *cell)
+    return y
+
+
+def _conv_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[str, tuple[int, int]],
+               state: _Pass) -> list[list[Term]]:
+    assert call.geometry is not None
+    geometry, own = call.geometry.at(*sizes[call.inputs[0]]), rule.settings[call.node]
+    hw, cell = geometry.out_hw, (own.patch_px, own.patch_px)
+    g = project(terms, hw, cell)
+    assert g is not None
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    name, bias = call.params["weight"], call.params.get("bias", "")
+    weight = state.params[name]
+    if bias in state.needs.params:
+        state.add_grad(bias, _channel_sums(g, hw, cell).to(weight.dtype))
+    cell_in = rule.grid.input_cell(geometry, own.patch_px, own.taps)
+    if name in state.needs.params:
+        x = state.kept[f"mean:{call.inputs[0]}:{cell_in[0]}x{cell_in[1]}"]
+        state.add_grad(name, rule.grid.grad_weight(x, g, geometry, own.patch_px, own.taps).to(weight.dtype))
+    if call.inputs[0] not in state.live:
+        return [[]]
+    return [[Term(rule.grid.grad_input(g, weight, geometry, own.patch_px, own.taps), cell_in)]]
+
+
+def _channel_sums(g: torch.Tensor, hw: tuple[int, int], cell: Cell) -> torch.Tensor:
+    """(n c p q) -> (c): sums over samples and pixels of what the patch means stand for."""
+    return (g.sum(0) * on(cell_area(hw, cell), g)).sum((1, 2))
+
+
+def _norm(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) -> torch.Tensor:
+    return normalise(call, given[0], state.params)
+
+
+def _norm_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[str, tuple[int, int]],
+               state: _Pass) -> list[list[Term]]:
+    hw, bias = sizes[call.node], call.params.get("bias", "")
+    cell = rule.schedule.cells.get(call.inputs[0])
+    if cell is not None:
+        value = project(terms, hw, cell)
+        assert value is not None
+        terms = [Term(value, cell)]
+    if bias in state.needs.params:
+        at = cell or terms[0].cell
+        value = project(terms, hw, at)
+        assert value is not None
+        state.add_grad(bias, _channel_sums(value.to(state.params[bias].dtype), hw, at))
+    return [scale(terms, per_channel(norm_scale(call, state.params)))]
+
+
+def _activation(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) -> torch.Tensor:
+    x = given[0]
+    y = activate(call.function, x)
+    if call.inputs[0] not in state.live:
+        return y
+    cell = rule.schedule.counted.get(call.node)
+    if cell is None:
+        state.kept[f"bits:{call.node}"] = kernels.mask_pack(y.contiguous(), *MASKS[call.function])
+    elif call.function in MASKS:
+        state.kept[f"count:{call.node}"] = kernels.mask_count(y, *MASKS[call.function], *cell)
+    else:
+        state.kept[f"slope:{call.node}"] = kernels.patch_mean(slope(call.function, x), *cell)
+    return y
+
+
+def _activation_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[str, tuple[int, int]],
+                     state: _Pass) -> list[list[Term]]:
+    cell, hw = rule.schedule.counted.get(call.node), sizes[call.node]
+    if cell is None:
+        return [mask(terms, state.kept[f"bits:{call.node}"])]
+    g = project(terms, hw, cell)
+    assert g is not None
+    if call.function in MASKS:
+        share = state.kept[f"count:{call.node}"].to(g.dtype) / on(cell_area(hw, cell), g)
+    else:
+        share = state.kept[f"slope:{call.node}"].to(g.dtype)
+    return [[Term(g * share, cell)]]
+
+
+def _add(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) -> torch.Tensor:
+    return given[0] + given[-1]
+
+
+def _add_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[str, tuple[int, int]],
+              state: _Pass) -> list[list[Term]]:
+    return [terms] * len(call.inputs) if len(call.inputs) == 2 else [scale(terms, 2 * torch.ones(()))]
+
+
+def _mean(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) -> torch.Tensor:
+    if call.function == "adaptive_avg_pool2d":
+        return torch.nn.functional.adaptive_avg_pool2d(given[0], 1)
+    return given[0].mean((2, 3), keepdim=bool(call.attributes["keepdim"]))
+
+
+def _mean_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[str, tuple[int, int]],
+               state: _Pass) -> list[list[Term]]:
+    hw = sizes[call.inputs[0]]
+    value = project(terms, PIXEL, PIXEL)
+    assert value is not None
+    return [[Term(value / (hw[0] * hw[1]), hw)]]
+
+
+def _scale(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) -> torch.Tensor:
+    x, gate = sorted(given, key=lambda value: value.shape[2:] == (1, 1))
+    if call.node in state.live:
+        state.kept[f"mean:{call.node}"] = kernels.patch_mean(x, *rule.schedule.counted[call.node])
+        state.kept[f"gate:{call.node}"] = gate
+    return given[0] * given[1]
+
+
+def _scale_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[str, tuple[int, int]],
+                state: _Pass) -> list[list[Term]]:
+    hw, cell = sizes[call.node], rule.schedule.counted[call.node]
+    g = project(terms, hw, cell)
+    assert g is not None
+    x = state.kept[f"mean:{call.node}"].to(g.dtype)
+    to_gate = (g * x * on(cell_area(hw, cell), g)).sum((2, 3), keepdim=True)
+    to_map = scale(terms, state.kept[f"gate:{call.node}"])
+    both = ([Term(to_gate, PIXEL)], to_map)
+    return list(both) if sizes[call.inputs[0]] == PIXEL else list(reversed(both))
+
+
+def _identity(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) -> torch.Tensor:
+    return given[0]
+
+
+def _identity_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[str, tuple[int, int]],
+                   state: _Pass) -> list[list[Term]]:
+    return [terms]
+
+
+_FORWARD = {"conv": _conv, "norm": _norm, "activation": _activation, "add": _add, "mean": _mean,
+            "scale": _scale, "identity": _identity}
+_BACKWARD = {"conv": _conv_back, "norm": _norm_back, "activation": _activation_back, "add": _add_back,
+             "mean": _mean_back, "scale": _scale_back, "identity": _identity_back}

@@ -1,0 +1,68 @@
+"""The convolution host: turns a layer method's pure functions into a one-layer segment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from edgetune.contract import LayerMethod, Needs, Segment, Tensors
+from edgetune.graph import Call
+from edgetune.overlap import ConvGeometry
+
+
+def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+             geometry: ConvGeometry) -> torch.Tensor:
+    """The layer's own forward, bit for bit: x (n c h w), weight (o i u v) -> y (n o h w)."""
+    top, bottom, left, right = geometry.pads
+    if geometry.symmetric:
+        return F.conv2d(x, weight, bias, geometry.stride, (top, left), geometry.dilation, geometry.groups)
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, geometry.stride, 0, geometry.dilation,
+                    geometry.groups)
+
+
+def geometry_at(call: Call, x: torch.Tensor) -> ConvGeometry:
+    """The call's geometry on the map that is really there."""
+    assert call.geometry is not None
+    return call.geometry.at(int(x.shape[2]), int(x.shape[3]))
+
+
+@dataclass(frozen=True)
+class ConvRule:
+    """Forward as the layer's own; backward by the method. The bias gradient is exact."""
+
+    method: LayerMethod
+
+    def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors,
+                needs: Needs) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+        call, x = segment.calls[0], xs[0]
+        geometry = geometry_at(call, x)
+        weight, bias = params[call.params["weight"]], params.get(call.params.get("bias", ""))
+        y = convolve(x, weight, bias, geometry)
+        # under autocast the layer sees x in y's precision, and that is what is worth keeping
+        kept = {"size": x.new_empty((*x.shape[2:], 0))}
+        if call.params["weight"] in needs.params:
+            kept["x"] = self.method.save(x.to(y.dtype), geometry)
+        return (y,), kept
+
+    def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
+                 needs: Needs) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
+        call, gy = segment.calls[0], gys[0]
+        assert call.geometry is not None
+        if gy is None:
+            return (None,), {}
+        geometry = call.geometry.at(int(kept["size"].shape[0]), int(kept["size"].shape[1]))
+        name, bias = call.params["weight"], call.params.get("bias", "")
+        weight = params[name]
+        grads: dict[str, torch.Tensor] = {}
+        if bias in needs.params:
+            grads[bias] = gy.sum((0, 2, 3), dtype=weight.dtype)
+        if not needs.inputs[0] and name not in needs.params:
+            return (None,), grads
+        g = self.method.receive(gy, geometry)
+        if name in needs.params:
+            grads[name] = self.method.grad_weight(kept["x"], g, geometry).to(weight.dtype)
+        gx = self.method.grad_input(g, weight, geometry) if needs.inputs[0] else None
+        return (gx,), grads

@@ -1,0 +1,149 @@
+"""Exact hosts for what stands between convolutions: they keep only what their own gradient reads.
+
+Stock torch keeps the input of a frozen norm and of every activation; here a frozen norm keeps nothing unless its
+scale learns, a ReLU keeps one bit a value, and max-pooling one byte an output instead of eight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from edgetune import kernels
+from edgetune.contract import Needs, Rule, Segment, Tensors
+from edgetune.graph import Call
+from edgetune.recognise import MASKS, SMOOTH
+
+Forward = tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]
+Backward = tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]
+
+
+def normalise(call: Call, x: torch.Tensor, params: Tensors) -> torch.Tensor:
+    """Batch normalisation by running statistics, as the layer's own forward."""
+    mean, var = params[call.params["running_mean"]], params[call.params["running_var"]]
+    weight, bias = params.get(call.params.get("weight", "")), params.get(call.params.get("bias", ""))
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps(call))
+
+
+def eps(call: Call) -> float:
+    """The norm's epsilon."""
+    return float(call.attributes["eps"] or 0.0)
+
+
+def norm_scale(call: Call, params: Tensors) -> torch.Tensor:
+    """What a frozen norm multiplies each channel by, (c)."""
+    scale = (params[call.params["running_var"]] + eps(call)).rsqrt()
+    return scale * params[call.params["weight"]] if "weight" in call.params else scale
+
+
+def per_channel(values: torch.Tensor) -> torch.Tensor:
+    """(c) -> (1 c 1 1)."""
+    return values.view(1, -1, 1, 1)
+
+
+def slope(function: str, x: torch.Tensor) -> torch.Tensor:
+    """The derivative of a smooth activation at x, by differentiating the function itself."""
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        return torch.autograd.grad(SMOOTH[function](at).sum(), at)[0]
+
+
+class NormRule:
+    """A norm with frozen statistics: exact, and keeps its input only when the scale learns."""
+
+    def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors, needs: Needs) -> Forward:
+        call, x = segment.calls[0], xs[0]
+        learns_scale = call.params.get("weight", "") in needs.params
+        return (normalise(call, x, params),), {"x": x} if learns_scale else {}
+
+    def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
+                 needs: Needs) -> Backward:
+        call, gy = segment.calls[0], gys[0]
+        if gy is None:
+            return (None,), {}
+        grads: dict[str, torch.Tensor] = {}
+        weight, bias = call.params.get("weight", ""), call.params.get("bias", "")
+        if bias in needs.params:
+            grads[bias] = gy.sum((0, 2, 3), dtype=params[bias].dtype)
+        if weight in needs.params:
+            inverse = (params[call.params["running_var"]] + eps(call)).rsqrt()
+            centred = kept["x"] - per_channel(params[call.params["running_mean"]])
+            grads[weight] = (gy * centred).sum((0, 2, 3), dtype=params[weight].dtype) * inverse
+        gx = gy * per_channel(norm_scale(call, params)).to(gy.dtype) if needs.inputs[0] else None
+        return (gx,), grads
+
+
+class MaskRule:
+    """ReLU and ReLU6: one bit a value, packed eight to a byte."""
+
+    def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors, needs: Needs) -> Forward:
+        call, x = segment.calls[0], xs[0]
+        y = activate(call.function, x)
+        if not needs.inputs[0]:
+            return (y,), {}
+        return (y,), {"bits": kernels.mask_pack(y, *MASKS[call.function])}
+
+    def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
+                 needs: Needs) -> Backward:
+        if gys[0] is None or not needs.inputs[0]:
+            return (None,), {}
+        return (kernels.mask_apply(gys[0], kept["bits"]),), {}
+
+
+class SmoothRule:
+    """Smooth activations: exact, their input kept."""
+
+    def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors, needs: Needs) -> Forward:
+        call, x = segment.calls[0], xs[0]
+        return (activate(call.function, x),), {"x": x} if needs.inputs[0] else {}
+
+    def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
+                 needs: Needs) -> Backward:
+        if gys[0] is None or not needs.inputs[0]:
+            return (None,), {}
+        return (gys[0] * slope(segment.calls[0].function, kept["x"]),), {}
+
+
+@dataclass(frozen=True)
+class MaxPoolRule:
+    """Max-pooling that keeps one byte an output (the place inside its window) instead of an int64 index."""
+
+    def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors, needs: Needs) -> Forward:
+        x = xs[0]
+        y, index = kernels.max_pool(x, *_window(segment.calls[0]))
+        if not needs.inputs[0]:
+            return (y,), {}
+        return (y,), {"index": index, "size": x.new_empty((*x.shape[2:], 0))}
+
+    def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
+                 needs: Needs) -> Backward:
+        if gys[0] is None or not needs.inputs[0]:
+            return (None,), {}
+        height, width = int(kept["size"].shape[0]), int(kept["size"].shape[1])
+        return (kernels.max_pool_backward(gys[0], kept["index"], height, width, *_window(segment.calls[0])[:-1]),), {}
+
+
+def _window(call: Call) -> tuple[int, int, int, int, int, int, int, int, bool]:
+    a = call.attributes
+    kh, kw, sh, sw, ph, pw, dh, dw = (int(a[f"{name}_{axis}"] or 0)
+                                      for name in ("kernel", "stride", "pad", "dilation") for axis in "hw")
+    return kh, kw, sh, sw, ph, pw, dh, dw, bool(a["ceil_mode"])
+
+
+_MASKED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "relu6": F.relu6}
+
+
+def activate(function: str, x: torch.Tensor) -> torch.Tensor:
+    """The activation's own forward, out of place."""
+    return (_MASKED.get(function) or SMOOTH[function])(x)
+
+
+def exact_rule(call: Call) -> Rule | None:
+    """The host of a call that is neither convolution nor free of cost, or None where stock torch keeps as little."""
+    if call.kind == "activation":
+        return MaskRule() if call.function in MASKS else SmoothRule() if call.function in SMOOTH else None
+    table: dict[str, Rule] = {"norm": NormRule(), "max_pool": MaxPoolRule()}
+    return table.get(call.kind)

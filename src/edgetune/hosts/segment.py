@@ -1,0 +1,62 @@
+"""One autograd function for every segment: it owns what autograd makes fiddly, the rules own the mathematics.
+
+What is kept goes through `save_for_backward`, so that hooks and checkpointing see it; parameters are inputs, so that
+gradients, DistributedDataParallel and `needs_input_grad` work; nothing is computed that no one asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from edgetune.contract import Needs, Segment
+from edgetune.errors import Refusal
+
+
+class SegmentFunction(torch.autograd.Function):
+    """apply(segment, *inputs, *params) -> outputs, with the gradients of the segment's rule."""
+
+    @staticmethod
+    def forward(ctx: Any, segment: Segment, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        xs, params = tensors[:len(segment.inputs)], dict(zip(segment.params, tensors[len(segment.inputs):],
+                                                             strict=True))
+        needs = _needs(segment, ctx.needs_input_grad[1:])
+        ys, kept = segment.rule.forward(segment, xs, params, needs)
+        ctx.segment, ctx.kept_names = segment, tuple(kept)
+        # a view of an input handed out as an output would confuse autograd's bookkeeping
+        ys = tuple(y.view_as(y) if any(y is x for x in xs) else y for y in ys)
+        ctx.save_for_backward(*params.values(), *kept.values())
+        return ys
+
+    @staticmethod
+    def backward(ctx: Any, *gys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        segment: Segment = ctx.segment
+        if torch.is_grad_enabled():
+            raise Refusal(segment.name, "computes its own gradient, which cannot be differentiated again",
+                          "call backward without create_graph=True, or undo the plan first")
+        saved = ctx.saved_tensors
+        params = dict(zip(segment.params, saved, strict=False))
+        kept = dict(zip(ctx.kept_names, saved[len(segment.params):], strict=True))
+        needs = _needs(segment, ctx.needs_input_grad[1:])
+        gxs, grads = segment.rule.backward(segment, kept, gys, params, needs)
+        return (None, *gxs, *(grads.get(name) for name in segment.params))
+
+
+def _needs(segment: Segment, flags: tuple[bool, ...]) -> Needs:
+    split = len(segment.inputs)
+    return Needs(flags[:split], frozenset(n for n, flag in zip(segment.params, flags[split:], strict=True) if flag))
+
+
+def runner(segment: Segment, label: str) -> Callable[..., Any]:
+    """A plain function (inputs and params -> output or tuple of outputs) for generated code to call."""
+
+    def run(*tensors: torch.Tensor) -> Any:
+        ys = SegmentFunction.apply(segment, *tensors)
+        return ys[0] if len(segment.outputs) == 1 else ys
+
+    opaque: Callable[..., Any] = torch.compiler.disable(run)
+    opaque.__name__ = opaque.__qualname__ = label
+    opaque.__module__ = "edgetune.hosts.segment"
+    return opaque

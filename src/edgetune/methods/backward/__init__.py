@@ -1,0 +1,1 @@
+"""Methods that change what training keeps and computes; the forward pass stays identical."""

@@ -1,0 +1,177 @@
+"""Gradient filtering: gradients constant on patches, so that backward becomes small matrix products.
+
+What it does
+    Takes the gradient of a convolution's output as constant on patches of `patch_px` x `patch_px` pixels. The input
+    is kept as its patch means only, and both products of the backward pass run on the grid of patches.
+    `taps="mean"` gives every tap of a kernel the same gradient; `taps="grid"` keeps a gradient per tap, as a small
+    convolution on the grid. `bases` keeps more than the mean of a patch: the first Walsh-Hadamard functions on it.
+
+Shapes
+    x (n c h w), weight (o i u v), gy (n o h' w'), r = patch_px, s = stride
+    kept (n c ceil(h/rs) ceil(w/rs)), with `bases` b: (n c b ceil(h/rs) ceil(w/rs))
+
+What is kept (bytes)
+    4 n c b ceil(h/rs) ceil(w/rs) instead of 4 n c h w; nothing when the weight is frozen.
+
+What changes in the gradient or the answer
+    The forward pass does not change, bit for bit, and the bias gradient is exact. With "grid", the input gradient is
+    the patch mean of the exact one for a patch-constant gy; at patch_px = 1 it is exact. With "mean", stride, border,
+    padding and dilation enter as one factor a cell (see `edgetune.overlap`), so strided layers have the right scale
+    and same-padded ones no bias. 2**k bases an axis span exactly the patches of patch_px / 2**k.
+
+When not to use
+    Where the output map is one patch or less nothing is left to average but the whole map; in the first layers of a
+    deep network the gradient's direction is lost (the planner measures it). 1 x 1 maps gain nothing.
+
+Reference
+    Yang et al., "Efficient On-device Training via Gradient Filtering", CVPR 2023, equations 2-5 (scale and border
+    corrected here); "LBP-WHT", NeurIPS 2023, for the bases.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from edgetune import kernels
+from edgetune.contract import LayerMethod
+from edgetune.graph import Call
+from edgetune.hosts.grid import PIXEL, Cell, cell_area, on
+from edgetune.hosts.walsh import analyse, fold_bases, synthesise
+from edgetune.overlap import ConvGeometry, cells, mean_factors, overlap
+
+Taps = Literal["mean", "grid"]
+
+
+def input_cell(geometry: ConvGeometry, patch_px: int, taps: Taps) -> Cell:
+    """The cell of the input that lies under one patch of the output; one pixel where the grid form averages nothing."""
+    if taps == "grid" and patch_px == 1:
+        return PIXEL
+    return patch_px * geometry.stride[0], patch_px * geometry.stride[1]
+
+
+def received_mean(g: torch.Tensor, geometry: ConvGeometry, patch_px: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean form: g (n o p q) as the input gradient and as the weight gradient read it, on the input's cells.
+
+    Where output and input have equally many cells each keeps its own factor; elsewhere (a valid convolution on a
+    small map) the overlap table itself carries g to the input's cells.
+    """
+    cell_in = input_cell(geometry, patch_px, "mean")
+    grid_out = tuple(cells(size, patch_px) for size in geometry.out_hw)
+    grid_in = tuple(cells(size, c) for size, c in zip(geometry.in_hw, cell_in, strict=True))
+    if grid_out == grid_in:
+        rows, columns = (mean_factors(geometry, axis, patch_px, cell_in[axis]) for axis in (0, 1))
+        m, n = rows[0][:, None] * columns[0], rows[1][:, None] * columns[1]
+        return g * on(m, g), g * on(n, g)
+    rows_o, columns_o = (overlap(geometry, axis, patch_px, cell_in[axis]).mean(0) for axis in (0, 1))
+    carried = on(rows_o, g).T @ g @ on(columns_o, g)
+    return carried / on(cell_area(geometry.in_hw, cell_in), g), carried
+
+
+def received_grid(g: torch.Tensor, geometry: ConvGeometry, patch_px: int) -> torch.Tensor:
+    """Grid form: g (n o p q) -> what each tap carries to each input cell, (n o u v p' q')."""
+    cell_in = input_cell(geometry, patch_px, "grid")
+    rows, columns = (on(overlap(geometry, axis, patch_px, cell_in[axis]), g) for axis in (0, 1))
+    carried = torch.einsum("nopq,vqx->nopvx", g, columns)
+    return torch.einsum("nopvx,upy->nouvyx", carried, rows)
+
+
+def mix_input(t: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """(n o l) with weight (o i), in groups -> (n c l): the transposed channel product."""
+    n, o, length = t.shape
+    i = weight.shape[1]
+    if groups == 1:
+        return torch.matmul(weight.T, t)
+    if i == 1:
+        return (t.view(n, groups, o // groups, length) * weight.view(1, groups, -1, 1)).sum(2)
+    w = weight.view(groups, o // groups, i).transpose(1, 2)
+    return torch.matmul(w, t.view(n, groups, o // groups, length)).view(n, groups * i, length)
+
+
+def mix_weight(t: torch.Tensor, x: torch.Tensor, groups: int) -> torch.Tensor:
+    """(n o l) and x (n c l), in groups -> (o i): the product over samples and cells."""
+    n, o, length = t.shape
+    i = x.shape[1] // groups
+    if groups == 1:
+        return t.transpose(0, 1).reshape(o, -1) @ x.transpose(0, 1).reshape(i, -1).T
+    per_group = t.view(n, groups, o // groups, length)
+    if i == 1:
+        return (per_group * x.view(n, groups, 1, length)).sum((0, 3)).view(o, 1)
+    return torch.einsum("ngol,ngil->goi", per_group, x.view(n, groups, i, length)).reshape(o, i)
+
+
+def grid_grad_input(g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry, patch_px: int,
+                    taps: Taps) -> torch.Tensor:
+    """Patch means of gx, (n c p' q'), from patch means of gy, (n o p q)."""
+    n, groups = g.shape[0], geometry.groups
+    o, i, ku, kv = weight.shape
+    weight = weight.to(g.dtype)
+    if taps == "mean":
+        t, _ = received_mean(g, geometry, patch_px)
+        return mix_input(t.flatten(2), kernels.tap_sum(weight), groups).view(n, geometry.in_channels, *t.shape[2:])
+    t = received_grid(g, geometry, patch_px)
+    grid = t.shape[4:]
+    # taps become further channels of the product: (n, g o/g u v, l) with weight (g o/g u v, i)
+    t = t.reshape(n, o * ku * kv, -1)
+    gx = mix_input(t, weight.permute(0, 2, 3, 1).reshape(o * ku * kv, i), groups)
+    return gx.view(n, geometry.in_channels, *grid) / on(cell_area(geometry.in_hw, input_cell(geometry, patch_px, taps)), g)
+
+
+def grid_grad_weight(x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry, patch_px: int,
+                     taps: Taps) -> torch.Tensor:
+    """gw (o i u v) from patch means of x, (n c p' q'), and of gy, (n o p q)."""
+    o, i = geometry.out_channels, geometry.in_channels // geometry.groups
+    ku, kv = geometry.kernel
+    x = x.to(g.dtype).flatten(2)
+    if taps == "mean":
+        _, t = received_mean(g, geometry, patch_px)
+        return kernels.tap_spread(mix_weight(t.flatten(2), x, geometry.groups), ku, kv)
+    t = received_grid(g, geometry, patch_px).reshape(g.shape[0], o * ku * kv, -1)
+    gw = mix_weight(t, x, geometry.groups)
+    return gw.view(o, ku, kv, i).permute(0, 3, 1, 2).contiguous()
+
+
+class GradientFilter(LayerMethod):
+    """Patches of `patch_px` output pixels; `taps` mean or grid; `bases` Walsh functions a patch (mean form)."""
+
+    method = "gradient_filter"
+
+    patch_px: int = Field(2, ge=1, le=4096)
+    taps: Taps = "mean"
+    bases: int = Field(1, ge=1, le=16)
+
+    def refuse(self, call: Call) -> str | None:
+        if call.kind != "conv":
+            return f"is a {call.kind} layer, not a convolution: leave it exact"
+        if self.bases > 1 and self.taps == "grid":
+            return ("has bases > 1 with taps='grid': use a smaller patch_px, which spans the same functions, "
+                    "or taps='mean'")
+        return None
+
+    def save(self, x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+        return self._analyse(x, input_cell(geometry, self.patch_px, self.taps))
+
+    def receive(self, gy: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+        return self._analyse(gy, (self.patch_px, self.patch_px)).to(torch.promote_types(gy.dtype, torch.float32))
+
+    def grad_input(self, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+        cell = input_cell(geometry, self.patch_px, self.taps)
+        if self.bases == 1:
+            gx = grid_grad_input(g, weight, geometry, self.patch_px, self.taps)
+            return kernels.patch_spread(gx, *geometry.in_hw, *cell)
+        flat = fold_bases(g)
+        gx = grid_grad_input(flat, weight, geometry, self.patch_px, "mean")
+        coefficients = gx.view(g.shape[0], self.bases, *gx.shape[1:]).transpose(1, 2)
+        return synthesise(coefficients, geometry.in_hw, cell)
+
+    def grad_weight(self, kept: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+        if self.bases > 1:
+            kept, g = fold_bases(kept), fold_bases(g)
+        return grid_grad_weight(kept, g, geometry, self.patch_px, self.taps)
+
+    def _analyse(self, x: torch.Tensor, cell: Cell) -> torch.Tensor:
+        if self.bases == 1:
+            return kernels.patch_mean(x, *cell)
+        return analyse(x, cell, self.bases)
