@@ -1,4 +1,4 @@
-"""One list of cases a kernel: seeded shapes, types, layouts and values, as arguments of `torch.ops.edgetune.<name>`."""
+"""One list of cases a kernel: seeded shapes, types, layouts and values, as its arguments."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def _map(chosen: random.Random) -> Tensor:
 
 def _cell(chosen: random.Random) -> tuple[int, int]:
     one = chosen.choice([1, 2, 2, 3, 4, 4, 5, 7, 8, 9])
-    return chosen.choice([(one, one), (one, chosen.randint(1, 9)), (chosen.randint(1, 40), chosen.randint(1, 50))])
+    large = chosen.randint(1, 40), chosen.randint(1, 50)
+    return chosen.choice([(one, one), (one, chosen.randint(1, 9)), large])
 
 
 def _bounds(chosen: random.Random) -> tuple[float, float]:
@@ -120,7 +121,8 @@ def _geometry(x: Tensor, chosen: random.Random) -> tuple[int, ...]:
         stride = chosen.choice([(2, 2), (1, 1), (2, 1), (3, 4)])
         pad = tuple(chosen.randint(0, k // 2) for k in kernel)
         dil = chosen.choice([(1, 1), (1, 1), (2, 1), (2, 3)])
-        if all(size + 2 * p > d * (k - 1) for size, p, d, k in zip(x.shape[2:], pad, dil, kernel, strict=True)):
+        axes = zip(x.shape[2:], pad, dil, kernel, strict=True)
+        if all(size + 2 * p > d * (k - 1) for size, p, d, k in axes):
             return *kernel, *stride, *pad, *dil
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.kernel_cases import MAKERS, as_tuple, cases
 from torch import Tensor
 
 from edgetune.kernels import fallback, is_channels_last
+from edgetune.kernels.geometry import memory_format
+from kernels.kernel_cases import MAKERS, as_tuple, cases
 
 SMALL = 20_000  # elements: loops in Python are slow
 
@@ -29,8 +30,10 @@ def _cells(x: Tensor, cell_h: int, cell_w: int) -> list[list[Tensor]]:
 
 
 def _each_cell(x: Tensor, cell_h: int, cell_w: int, mean: bool) -> Tensor:
-    rows = [torch.stack([part.sum((2, 3)) / (part.shape[2] * part.shape[3] if mean else 1) for part in row], -1)
-            for row in _cells(x, cell_h, cell_w)]
+    def one(part: Tensor) -> Tensor:
+        return part.sum((2, 3)) / (part.shape[2] * part.shape[3] if mean else 1)
+
+    rows = [torch.stack([one(part) for part in row], -1) for row in _cells(x, cell_h, cell_w)]
     return torch.stack(rows, -2)
 
 
@@ -51,9 +54,13 @@ def slow_patch_spread(v: Tensor, h: int, w: int, cell_h: int, cell_w: int, chann
     return v.double()[:, :, rows][..., torch.arange(w) // cell_w]
 
 
+def _compared_as(x: Tensor, low: float, high: float) -> list[float]:
+    return torch.tensor([low, high], dtype=x.dtype if x.dtype == torch.float64 else torch.float32).tolist()
+
+
 def slow_mask_pack(x: Tensor, low: float, high: float) -> Tensor:
     packed = [0] * ((x.numel() + 7) // 8)
-    low, high = torch.tensor([low, high], dtype=x.dtype if x.dtype == torch.float64 else torch.float32).tolist()
+    low, high = _compared_as(x, low, high)
     values = x.double()
     for at, where in enumerate(_memory_order(x)):
         packed[at // 8] |= (low < values[where].item() < high) << (at % 8)
@@ -65,12 +72,13 @@ def slow_mask_apply(g: Tensor, bits: Tensor) -> Tensor:
 
 
 def slow_mask_count(x: Tensor, low: float, high: float, cell_h: int, cell_w: int) -> Tensor:
-    low, high = torch.tensor([low, high], dtype=x.dtype if x.dtype == torch.float64 else torch.float32).tolist()
+    low, high = _compared_as(x, low, high)
     return _each_cell(((x.double() > low) & (x.double() < high)).double(), cell_h, cell_w, mean=False)
 
 
-def slow_bits_count(bits: Tensor, n: int, c: int, h: int, w: int, cell_h: int, cell_w: int, last: bool) -> Tensor:
-    like = torch.empty(n, c, h, w).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+def slow_bits_count(bits: Tensor, n: int, c: int, h: int, w: int, cell_h: int, cell_w: int,
+                    last: bool) -> Tensor:
+    like = torch.empty((n, c, h, w), memory_format=memory_format(last))
     return _each_cell(_bits(bits, like), cell_h, cell_w, mean=False)
 
 
@@ -83,7 +91,8 @@ def slow_patch_mean_count(x: Tensor, low: float, high: float, *cells: int) -> tu
 
 
 def slow_tap_sum(w: Tensor) -> Tensor:
-    return sum((w[:, :, u, v].double() for u in range(w.shape[2]) for v in range(w.shape[3])), torch.zeros(w.shape[:2]))
+    taps = (w[:, :, u, v].double() for u in range(w.shape[2]) for v in range(w.shape[3]))
+    return sum(taps, torch.zeros(w.shape[:2]))
 
 
 def slow_tap_spread(gw: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
@@ -93,7 +102,7 @@ def slow_tap_spread(gw: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
 def slow_max_pool(x: Tensor, kh: int, kw: int, sh: int, sw: int, ph: int, pw: int, dh: int, dw: int,
                   ceil_mode: bool) -> tuple[Tensor, Tensor]:
     y = F.max_pool2d(x.double(), (kh, kw), (sh, sw), (ph, pw), (dh, dw), ceil_mode)
-    index = torch.zeros_like(y)
+    index = torch.full_like(y, 255)
     p, q = y.shape[2:]
     for i in range(p):
         for j in range(q):
@@ -111,12 +120,14 @@ def slow_max_pool(x: Tensor, kh: int, kw: int, sh: int, sw: int, ph: int, pw: in
     return y, index
 
 
-def slow_max_pool_backward(gy: Tensor, index: Tensor, h: int, w: int, kh: int, kw: int, sh: int, sw: int, ph: int,
-                           pw: int, dh: int, dw: int) -> Tensor:
+def slow_max_pool_backward(gy: Tensor, index: Tensor, h: int, w: int, kh: int, kw: int, sh: int, sw: int,
+                           ph: int, pw: int, dh: int, dw: int) -> Tensor:
     gx = torch.zeros(*gy.shape[:2], h, w, dtype=torch.float64)
     for a, b, i, j in torch.cartesian_prod(*(torch.arange(size) for size in gy.shape)).tolist():
         position = int(index[a, b, i, j])
-        gx[a, b, i * sh - ph + position // kw * dh, j * sw - pw + position % kw * dw] += gy[a, b, i, j].double()
+        if position != 255:
+            row, column = i * sh - ph + position // kw * dh, j * sw - pw + position % kw * dw
+            gx[a, b, row, column] += gy[a, b, i, j].double()
     return gx
 
 

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
-from kernels.kernel_cases import MAKERS, as_tuple, cases
 
 from edgetune import kernels
 from edgetune.kernels import fallback
+from kernels.kernel_cases import MAKERS, as_tuple, cases
 
 EXACT = {"patch_spread", "mask_pack", "mask_apply", "mask_count", "bits_count", "tap_spread", "max_pool"}
 
@@ -36,7 +36,7 @@ def test_native_equals_fallback(name: str) -> None:
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.is_contiguous() == b.is_contiguous() and kernels.is_channels_last(a) == kernels.is_channels_last(b)
+    return (a.is_contiguous(), kernels.is_channels_last(a)) == (b.is_contiguous(), kernels.is_channels_last(b))
 
 
 def _tolerance(dtype: torch.dtype) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Kernels: one schema an op, native code compiled on first use, and a plain-torch fallback that is always there."""
+"""Kernels: one schema an op, native code compiled on first use, a plain-torch fallback always there."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Compiles native/*.c for this very CPU on first use, into the user's cache folder; everything else goes without.
+"""Compiles native/*.c for this very CPU on first use, into the user's cache folder.
 
-The library's name carries a digest of sources, flags, compiler and CPU, so that a cache folder shared between machines
-or versions never mixes them. A lock file and an atomic rename let any number of processes start at once. Where no
-compiler is found, or it fails, `status()` says why and the plain-torch fallbacks run.
+The library's name carries a digest of sources, flags, compiler and CPU, so that a cache folder shared between
+machines or versions never mixes them. A lock file and an atomic rename let any number of processes start at
+once. Where no compiler is found, or it fails, `status()` says why and the plain-torch fallbacks run.
 
 Environment: EDGETUNE_NATIVE=0 turns native code off; EDGETUNE_CACHE names the folder (default: edgetune in
 XDG_CACHE_HOME or ~/.cache); CC names the compiler.
@@ -33,10 +33,12 @@ UNITS = ("threads.c", "float32.c", "bfloat16.c")
 # NaN and infinity must pass through every kernel: nothing here may assume them away.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-ffp-contract=fast", "-w")
 COMPILE_SECONDS = 300
+OPS = ("patch_mean", "patch_spread", "mask_pack", "mask_apply", "mask_count", "bits_count",
+       "masked_patch_mean", "patch_mean_count", "tap_sum", "tap_spread", "max_pool", "max_pool_backward")
 
 
 class Status(Record):
-    """What `edgetune doctor` shows of the kernels: whether they are native, by which compiler, and if not, why."""
+    """What `edgetune doctor` shows of the kernels: native or not, by which compiler, and why not."""
 
     native: bool
     reason: str
@@ -60,7 +62,8 @@ def cpu() -> tuple[str, tuple[str, ...]]:
         return f"{platform.machine()} {platform.processor()}".strip(), ()
     fields = dict(reversed([(key.strip(), value.strip()) for key, _, value in
                             (line.partition(":") for line in text.splitlines())]))
-    model = fields.get("model name") or " ".join(fields.get(key, "") for key in ("CPU implementer", "CPU part"))
+    part = " ".join(fields.get(key, "") for key in ("CPU implementer", "CPU part"))
+    model = fields.get("model name") or part
     flags = fields.get("flags") or fields.get("Features") or ""
     return f"{platform.machine()} {model}".strip(), tuple(sorted(flags.split()))
 
@@ -116,7 +119,8 @@ def _compile(compiler: tuple[str, ...], target: Path) -> None:
     try:
         for extra in ((tune,), ()):
             command = [*compiler, *FLAGS, *extra, "-o", temporary, *(str(SOURCES / unit) for unit in UNITS)]
-            made = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+            made = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS,
+                                  check=False)
             if made.returncode == 0:
                 os.replace(temporary, target)
                 return
@@ -169,16 +173,11 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
         except (_BuildError, OSError, AttributeError) as failure:
             reasons.append(str(failure))
             continue
-        ops = tuple(sorted(name for name in _SYMBOLS if hasattr(library, f"et_{name}_f32")))
         return library, Status(native=True, reason="compiled for this CPU", compiler=" ".join(compiler),
-                               path=str(path), cpu=model, cpu_flags=flags, ops=ops)
-    reason = "; ".join(reasons) or ("no C compiler was found: install gcc or clang, or `pip install ziglang`; "
-                                    "the slower torch versions run meanwhile")
+                               path=str(path), cpu=model, cpu_flags=flags, ops=OPS)
+    reason = "; ".join(reasons) or ("no C compiler was found: install gcc or clang, or `pip install "
+                                    "ziglang`; the slower torch versions run meanwhile")
     return None, Status(native=False, reason=reason, cpu=model, cpu_flags=flags)
-
-
-_SYMBOLS = ("patch_mean", "patch_spread", "mask_pack", "mask_apply", "mask_count", "bits_count", "masked_patch_mean",
-            "patch_mean_count", "tap_sum", "tap_spread", "max_pool", "max_pool_backward")
 
 
 def _once() -> tuple[ctypes.CDLL | None, Status]:
@@ -191,10 +190,10 @@ def _once() -> tuple[ctypes.CDLL | None, Status]:
 
 
 def library() -> ctypes.CDLL | None:
-    """The native library, compiled on the first call of this process if the cache doesn't hold it; None without."""
+    """The native library, compiled now if the cache doesn't hold it; None where there is none."""
     return _once()[0]
 
 
 def status() -> Status:
-    """How the kernels run here, compiling them first where they aren't yet. Never raises."""
+    """How the kernels run here, compiling them first where they aren't yet."""
     return _once()[1]

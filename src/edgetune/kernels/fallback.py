@@ -1,4 +1,4 @@
-"""Every kernel in plain torch: runs on any device and float type, and is what the native code is tested against.
+"""Every kernel in plain torch: runs on any device and float type, and what native code is tested against.
 
 Half-precision inputs are summed and compared in float32; float64 stays float64.
 """
@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgetune.kernels.geometry import Pool, ceil_div, count_dtype, dense, is_channels_last, memory_format
+from edgetune.kernels.geometry import (
+    NOTHING,
+    Pool,
+    ceil_div,
+    count_dtype,
+    dense,
+    is_channels_last,
+    memory_format,
+)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -63,7 +71,8 @@ def patch_mean(x: Tensor, cell_h: int, cell_w: int) -> Tensor:
 
 def patch_spread(v: Tensor, h: int, w: int, cell_h: int, cell_w: int, channels_last: bool = False) -> Tensor:
     n, c, p, q = v.shape
-    out = torch.empty((n, c, h, w), dtype=v.dtype, device=v.device, memory_format=memory_format(channels_last))
+    order = memory_format(channels_last)
+    out = torch.empty((n, c, h, w), dtype=v.dtype, device=v.device, memory_format=order)
     tall = v[:, :, :, None, :, None].expand(n, c, p, cell_h, q, cell_w).reshape(n, c, p * cell_h, q * cell_w)
     return out.copy_(tall[:, :, :h, :w])
 
@@ -113,6 +122,12 @@ def tap_spread(gw: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
     return gw.new_empty(*gw.shape, kernel_h, kernel_w).copy_(gw[:, :, None, None])
 
 
+def _sees(starts: Tensor, kernel: int, dil: int, size: int) -> Tensor:
+    """Whether the window that starts at each pixel of `starts` has a position inside of [0, size)."""
+    positions = starts[:, None] + torch.arange(kernel, device=starts.device) * dil
+    return ((positions >= 0) & (positions < size)).any(1)
+
+
 def max_pool(x: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
              dil_h: int, dil_w: int, ceil_mode: bool) -> tuple[Tensor, Tensor]:
     x = dense(x)
@@ -125,11 +140,12 @@ def max_pool(x: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: i
         return y, torch.empty_like(y, dtype=torch.uint8)
     y, flat = F.max_pool2d(x, (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w),
                            ceil_mode, return_indices=True)
-    top = torch.arange(p, device=x.device)[:, None] * stride_h - pad_h
+    top = torch.arange(p, device=x.device) * stride_h - pad_h
     left = torch.arange(q, device=x.device) * stride_w - pad_w
-    row = torch.div(flat // w - top, dil_h, rounding_mode="floor")
+    row = torch.div(flat // w - top[:, None], dil_h, rounding_mode="floor")
     column = torch.div(flat % w - left, dil_w, rounding_mode="floor")
-    index = (row * kernel_w + column).to(torch.uint8)
+    seen = _sees(top, kernel_h, dil_h, h)[:, None] & _sees(left, kernel_w, dil_w, w)
+    index = torch.where(seen, row * kernel_w + column, NOTHING).to(torch.uint8)
     return y.contiguous(memory_format=order), index.contiguous(memory_format=order)
 
 
@@ -137,11 +153,13 @@ def max_pool_backward(gy: Tensor, index: Tensor, h: int, w: int, kernel_h: int, 
                       stride_w: int, pad_h: int, pad_w: int, dil_h: int, dil_w: int) -> Tensor:
     n, c, p, q = index.shape
     position = index.long()
+    seen = index != NOTHING
     row = torch.div(position, kernel_w, rounding_mode="floor") * dil_h
     row = row + torch.arange(p, device=gy.device)[:, None] * stride_h - pad_h
     column = position % kernel_w * dil_w + torch.arange(q, device=gy.device) * stride_w - pad_w
+    at = torch.where(seen, row * w + column, 0).reshape(n, c, p * q)
     gx = torch.zeros((n, c, h * w), dtype=_wide(gy).dtype, device=gy.device)
-    gx.scatter_add_(2, (row * w + column).reshape(n, c, p * q), _wide(gy).reshape(n, c, p * q))
+    gx.scatter_add_(2, at, torch.where(seen, _wide(gy), 0).reshape(n, c, p * q))
     out = torch.empty((n, c, h, w), dtype=gy.dtype, device=gy.device,
                       memory_format=memory_format(is_channels_last(index)))
     return out.copy_(gx.reshape(n, c, h, w))

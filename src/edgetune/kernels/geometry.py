@@ -16,9 +16,9 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """True if a kernel will walk `x` in (n h w c) order: x is (n c h w), dense that way, and not contiguous.
+    """True if a kernel will walk `x` in (n h w c) order: x (n c h w) is dense that way, and not contiguous.
 
-    Anything else is walked in (n c h w) order, after a copy where it isn't dense (an expanded gradient, a slice).
+    Anything else is walked in (n c h w) order, after a copy where it isn't dense (an expanded gradient, say).
     """
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
@@ -43,8 +43,8 @@ def check_cells(x: Tensor, cell_h: int, cell_w: int) -> None:
 def check_bits(bits: Tensor, elements: int) -> None:
     """Raises EdgetuneError unless `bits` is the packed mask of `elements` elements."""
     if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.shape[0] != (elements + 7) // 8:
-        raise EdgetuneError(f"a packed mask of shape {tuple(bits.shape)} and type {bits.dtype} doesn't belong to "
-                            f"{elements} elements: give the uint8 tensor that mask_pack made")
+        raise EdgetuneError(f"a packed mask of shape {tuple(bits.shape)} and type {bits.dtype} doesn't "
+                            f"belong to {elements} elements: give the uint8 tensor that mask_pack made")
 
 
 def count_dtype(cell_h: int, cell_w: int) -> torch.dtype:
@@ -52,8 +52,12 @@ def count_dtype(cell_h: int, cell_w: int) -> torch.dtype:
     return torch.uint8 if cell_h * cell_w <= 255 else torch.int32
 
 
+NOTHING = 255
+"""Index of a pooling window that sees padding only: its value is -inf and it passes no gradient on."""
+
+
 class Pool(NamedTuple):
-    """Geometry of a max-pool, in pixels: kernel, stride, padding on both sides, dilation; rows then columns."""
+    """Geometry of a max-pool, in pixels: kernel, stride, padding on both sides, dilation; rows, columns."""
 
     kernel_h: int
     kernel_w: int
@@ -70,16 +74,17 @@ class Pool(NamedTuple):
             raise EdgetuneError(f"a tensor of shape {tuple(x.shape)} can't be pooled: give axes (n c h w)")
         if min(self.kernel_h, self.kernel_w, self.stride_h, self.stride_w, self.dil_h, self.dil_w) < 1:
             raise EdgetuneError(f"{self} has a kernel, stride or dilation below 1: give at least 1")
-        if self.kernel_h * self.kernel_w > 256:
+        if self.kernel_h * self.kernel_w > NOTHING:
             raise EdgetuneError(f"a window of {self.kernel_h}x{self.kernel_w} has positions beyond one byte: "
                                 "keep torch's max_pool2d for this layer")
-        for kernel, pad, dil in ((self.kernel_h, self.pad_h, self.dil_h), (self.kernel_w, self.pad_w, self.dil_w)):
+        rows, columns = (self.kernel_h, self.pad_h, self.dil_h), (self.kernel_w, self.pad_w, self.dil_w)
+        for kernel, pad, dil in (rows, columns):
             if pad < 0 or pad > ((kernel - 1) * dil + 1) // 2:
                 raise EdgetuneError(f"padding {pad} leaves windows of {kernel} pixels empty: "
                                     "pad by at most half of the window")
 
     def out_size(self, h: int, w: int, ceil_mode: bool) -> tuple[int, int]:
-        """Rows and columns of the pooled map; the same rule as torch. Raises EdgetuneError where none is left."""
+        """Rows and columns of the pooled map, as in torch. Raises EdgetuneError where none is left."""
         p = _pooled(h, self.kernel_h, self.stride_h, self.pad_h, self.dil_h, ceil_mode)
         q = _pooled(w, self.kernel_w, self.stride_w, self.pad_w, self.dil_w, ceil_mode)
         if p < 1 or q < 1:

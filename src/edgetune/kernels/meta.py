@@ -1,6 +1,6 @@
 """What every kernel returns, without the numbers: runs on meta and fake tensors, and checks the arguments.
 
-The real kernels call these checks too, so that a plan tried on meta tensors is refused just as a run would be.
+The real kernels call these checks too: what is refused in a run is refused on meta tensors already.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def patch_spread(v: Tensor, h: int, w: int, cell_h: int, cell_w: int, channels_l
     if p != ceil_div(h, cell_h) or q != ceil_div(w, cell_w):
         raise EdgetuneError(f"a {p}x{q} grid doesn't cover {h}x{w} pixels in cells of {cell_h}x{cell_w}: "
                             "give the sizes that patch_mean was called with")
-    return torch.empty((n, c, h, w), dtype=v.dtype, device=v.device, memory_format=memory_format(channels_last))
+    order = memory_format(channels_last)
+    return torch.empty((n, c, h, w), dtype=v.dtype, device=v.device, memory_format=order)
 
 
 def mask_pack(x: Tensor, low: float, high: float) -> Tensor:
@@ -97,7 +98,7 @@ def max_pool_backward(gy: Tensor, index: Tensor, h: int, w: int, kernel_h: int, 
     Pool(kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w).check(gy)
     if gy.shape != index.shape or index.dtype != torch.uint8:
         raise EdgetuneError(f"a gradient of shape {tuple(gy.shape)} doesn't belong to an index of shape "
-                            f"{tuple(index.shape)} and type {index.dtype}: give the index that max_pool returned")
+                            f"{tuple(index.shape)} and type {index.dtype}: give the index of max_pool")
     n, c = gy.shape[:2]
     return torch.empty((n, c, h, w), dtype=gy.dtype, device=gy.device,
                        memory_format=memory_format(is_channels_last(index)))

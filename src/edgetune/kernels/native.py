@@ -1,7 +1,7 @@
 """The native versions: each fills the outputs it is given and returns True, or returns False to decline.
 
-Declined are: other types than float32 and bfloat16 (the fallback is for any), and everything where no library is
-built. Tensors of another layout are copied to a dense one first. All offsets in the C code are 64 bits wide.
+Declined are types other than float32 and bfloat16 (the fallback takes any), and everything where no library
+is built. Tensors of another layout are copied to a dense one first. All offsets in the C code are 64 bits wide.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor, get_num_threads
 from edgetune.kernels import build
 from edgetune.kernels.geometry import is_channels_last
 
-P, N, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+P, N, B, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 # Argument types of every C function, without its last one, the number of threads.
 ARGUMENTS: dict[str, tuple[type, ...]] = {
-    "patch_mean": (P, P, N, N, N, N, N, N, I),
-    "patch_spread": (P, P, N, N, N, N, N, N, I),
+    "patch_mean": (P, P, N, N, N, N, N, N, B),
+    "patch_spread": (P, P, N, N, N, N, N, N, B),
     "mask_pack": (P, P, F, F, N),
     "mask_apply": (P, P, P, N),
-    "mask_count": (P, P, F, F, N, N, N, N, N, N, I),
-    "bits_count": (P, P, N, N, N, N, N, N, I),
-    "masked_patch_mean": (P, P, P, N, N, N, N, N, N, I),
-    "patch_mean_count": (P, P, P, F, F, N, N, N, N, N, N, I),
+    "mask_count": (P, P, F, F, N, N, N, N, N, N, B),
+    "bits_count": (P, P, N, N, N, N, N, N, B),
+    "masked_patch_mean": (P, P, P, N, N, N, N, N, N, B),
+    "patch_mean_count": (P, P, P, F, F, N, N, N, N, N, N, B),
     "tap_sum": (P, P, N, N),
     "tap_spread": (P, P, N, N),
-    "max_pool": (P, P, P, P, I),
-    "max_pool_backward": (P, P, P, P, I),
+    "max_pool": (P, P, P, P, B),
+    "max_pool_backward": (P, P, P, P, B),
 }
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 COUNTABLE = 2**24  # pixels of a cell: float32 counts stay exact below
@@ -44,7 +44,7 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
     if key not in _functions:
         found = getattr(build.library(), f"et_{name}_{SUFFIX.get(dtype)}", None) if dtype in SUFFIX else None
         if found is not None:
-            found.argtypes, found.restype = (*ARGUMENTS[name], I), None
+            found.argtypes, found.restype = (*ARGUMENTS[name], B), None
         _functions[key] = found
     return _functions[key]
 
@@ -134,7 +134,8 @@ def patch_mean_count(out: tuple[Tensor, Tensor], x: Tensor, low: float, high: fl
     run = _function("patch_mean_count", x.dtype)
     if run is None or cell_mean_h * cell_mean_w >= COUNTABLE:
         return False
-    run(x.data_ptr(), out[0].data_ptr(), out[1].data_ptr(), low, high, *x.shape, cell_mean_h, cell_mean_w, last,
+    mean, count = out
+    run(x.data_ptr(), mean.data_ptr(), count.data_ptr(), low, high, *x.shape, cell_mean_h, cell_mean_w, last,
         get_num_threads())
     return True
 

@@ -1,8 +1,9 @@
-"""The kernels as functions. None changes its arguments; none has a gradient formula (they serve inside of one).
+"""The kernels as functions. None changes its arguments; none has a gradient formula (they serve inside one).
 
 Shapes: x, g, gx (n c h w), float, contiguous or channels_last; other layouts are copied first. Cells are
-`cell_h` x `cell_w` pixels from the top left corner; P = ceil(h/cell_h), Q = ceil(w/cell_w); the last cell of an
-axis may be short and counts with its own size. Masks are one bit an element, lowest bit first, in memory order.
+`cell_h` x `cell_w` pixels from the top left corner; P = ceil(h/cell_h), Q = ceil(w/cell_w); the last cell of
+an axis may be short and counts with its own size. Masks are one bit an element, lowest bit first, in memory
+order.
 Wrong arguments raise EdgetuneError.
 """
 
@@ -51,24 +52,24 @@ def mask_pack(x: Tensor, low: float, high: float) -> Tensor:
 def mask_apply(g: Tensor, bits: Tensor) -> Tensor:
     """g where its bit is set, 0 elsewhere (also for a NaN): g any shape, in the memory order that was packed.
 
-    Bring g to that order first: `g.contiguous(memory_format=...)`, asking `is_channels_last` of what was packed.
+    Bring g to that order first: `g.contiguous(memory_format=...)`, asking `is_channels_last` of what is packed.
     """
     return _mask_apply(g, bits)
 
 
 def mask_count(x: Tensor, low: float, high: float, cell_h: int, cell_w: int) -> Tensor:
-    """How many pixels of every cell have low < x < high: (n c P Q), uint8, or int32 for cells above 255 pixels."""
+    """How many pixels of every cell have low < x < high: (n c P Q) uint8, int32 for cells over 255 pixels."""
     return _mask_count(x, low, high, cell_h, cell_w)
 
 
 def bits_count(bits: Tensor, n: int, c: int, h: int, w: int, cell_h: int, cell_w: int,
                channels_last: bool = False) -> Tensor:
-    """How many bits of every cell are set, of a mask packed from (n c h w): (n c P Q), typed like mask_count."""
+    """How many bits of every cell are set, of the mask of an (n c h w) tensor: typed like mask_count."""
     return _bits_count(bits, n, c, h, w, cell_h, cell_w, channels_last)
 
 
 def masked_patch_mean(g: Tensor, bits: Tensor, cell_h: int, cell_w: int) -> Tensor:
-    """patch_mean(mask_apply(g, bits)) in one pass: the sum under the mask divided by the size of the whole cell."""
+    """patch_mean(mask_apply(g, bits)) in one pass: the sum under the mask over the size of the whole cell."""
     return _masked_patch_mean(g, bits, cell_h, cell_w)
 
 
@@ -92,8 +93,9 @@ def max_pool(x: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: i
              dil_h: int, dil_w: int, ceil_mode: bool) -> tuple[Tensor, Tensor]:
     """Max-pool that keeps one byte per output: x (n c h w) -> y (n c p q), index uint8 (n c p q).
 
-    `index` is the winner's position row*kernel_w + column in its window. y is bit-identical to F.max_pool2d, and
-    ties and NaN go to the same element. Both outputs have the memory order of x. Windows up to 256 pixels.
+    `index` is the winner's position row*kernel_w + column in its window, 255 where that sees padding only.
+    y is bit-identical to F.max_pool2d, and ties and NaN go to the same element. Both outputs have the memory
+    order of x. Windows up to 255 pixels.
     """
     return _max_pool(x, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, ceil_mode)
 
@@ -101,4 +103,5 @@ def max_pool(x: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: i
 def max_pool_backward(gy: Tensor, index: Tensor, h: int, w: int, kernel_h: int, kernel_w: int, stride_h: int,
                       stride_w: int, pad_h: int, pad_w: int, dil_h: int, dil_w: int) -> Tensor:
     """Gradient of max_pool: gy, index (n c p q) -> gx (n c h w) in the memory order of index."""
-    return _max_pool_backward(gy, index, h, w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w)
+    return _max_pool_backward(gy, index, h, w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h,
+                              dil_w)

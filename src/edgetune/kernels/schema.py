@@ -19,8 +19,8 @@ Kernel = Callable[..., Any]
 class Op(NamedTuple):
     """One op: arguments as in torch.library, the meta version, the fallback, and the native version.
 
-    `native(outputs, *arguments)` fills what the meta version allocated and returns True, or returns False where
-    it doesn't take these tensors.
+    `native(outputs, *arguments)` fills what the meta version allocated and returns True, or returns False
+    where it doesn't take these tensors.
     """
 
     signature: str
@@ -34,15 +34,16 @@ _POOL = "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int 
 OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback, name), getattr(native, name))
                       for name, signature in {
     "patch_mean": "(Tensor x, int cell_h, int cell_w) -> Tensor",
-    "patch_spread": "(Tensor v, SymInt h, SymInt w, int cell_h, int cell_w, bool channels_last=False) -> Tensor",
+    "patch_spread": "(Tensor v, SymInt h, SymInt w, int cell_h, int cell_w, bool channels_last=False) "
+                    "-> Tensor",
     "mask_pack": "(Tensor x, float low, float high) -> Tensor",
     "mask_apply": "(Tensor g, Tensor bits) -> Tensor",
     "mask_count": "(Tensor x, float low, float high, int cell_h, int cell_w) -> Tensor",
     "bits_count": "(Tensor bits, SymInt n, SymInt c, SymInt h, SymInt w, int cell_h, int cell_w, "
                   "bool channels_last=False) -> Tensor",
     "masked_patch_mean": "(Tensor g, Tensor bits, int cell_h, int cell_w) -> Tensor",
-    "patch_mean_count": "(Tensor x, float low, float high, int cell_mean_h, int cell_mean_w, int cell_count_h, "
-                        "int cell_count_w) -> (Tensor, Tensor)",
+    "patch_mean_count": "(Tensor x, float low, float high, int cell_mean_h, int cell_mean_w, "
+                        "int cell_count_h, int cell_count_w) -> (Tensor, Tensor)",
     "tap_sum": "(Tensor w) -> Tensor",
     "tap_spread": "(Tensor gw, int kernel_h, int kernel_w) -> Tensor",
     "max_pool": f"(Tensor x, {_POOL}, bool ceil_mode) -> (Tensor, Tensor)",

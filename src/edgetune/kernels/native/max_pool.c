@@ -13,9 +13,10 @@ typedef struct {
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
 } pool;
 
-enum { POOL_TILE = 256 };
+enum { POOL_TILE = 256, NOTHING = 255 };
 
-/* `best` and `where` after one more position; where -1 means that nothing was seen yet. */
+/* `best` and `where` after one more position; where -1 means that nothing was seen yet, and
+ * ends as NOTHING in a window of padding only. */
 static inline void challenge(float *best, int32_t *where, const element *x, int64_t stride, int64_t count,
                                    int32_t position) {
     for (int64_t i = 0; i < count; i++) {

@@ -1,10 +1,11 @@
 /* Transpose of the max-pool: gy, index (n c p q) -> gx (n c h w), float32. In `pool`, x is gy and y is gx. */
 
-/* Offset, in pixels of its plane, of the element that won output (p, q). */
+/* Offset, in pixels of its plane, of the element that won output (p, q), or -1. */
 static inline int64_t winner(const pool *pool, int64_t p, int64_t q, int position) {
+    if (position == NOTHING) return -1;
     int64_t row = p * pool->stride_h - pool->pad_h + position / (int)pool->kernel_w * pool->dil_h;
     int64_t column = q * pool->stride_w - pool->pad_w + position % (int)pool->kernel_w * pool->dil_w;
-    return row * pool->w + column;
+    return (uint64_t)row < (uint64_t)pool->h && (uint64_t)column < (uint64_t)pool->w ? row * pool->w + column : -1;
 }
 
 /* Items are planes. */
@@ -16,7 +17,10 @@ static void unpool_planes(const void *job, int64_t begin, int64_t end) {
         float *gx = pool->y + item * pool->h * pool->w;
         memset(gx, 0, (size_t)(pool->h * pool->w) * sizeof *gx);
         for (int64_t p = 0; p < pool->p; p++)
-            for (int64_t q = 0; q < pool->q; q++, gy++, index++) gx[winner(pool, p, q, *index)] += *gy;
+            for (int64_t q = 0; q < pool->q; q++, gy++, index++) {
+                int64_t at = winner(pool, p, q, *index);
+                if (at >= 0) gx[at] += *gy;
+            }
     }
 }
 
@@ -35,8 +39,10 @@ static void unpool_images(const void *job, int64_t begin, int64_t end) {
         for (int64_t p = 0; p < pool->p; p++)
             for (int64_t q = 0; q < pool->q; q++) {
                 int64_t from = ((image * pool->p + p) * pool->q + q) * pool->c + channel;
-                for (int64_t j = 0; j < channels; j++)
-                    gx[winner(pool, p, q, pool->index[from + j]) * pool->c + j] += pool->x[from + j];
+                for (int64_t j = 0; j < channels; j++) {
+                    int64_t at = winner(pool, p, q, pool->index[from + j]);
+                    if (at >= 0) gx[at * pool->c + j] += pool->x[from + j];
+                }
             }
     }
 }
