@@ -10,6 +10,10 @@ static inline void put_count(void *out, int64_t at, float count, int narrow) {
 }
 
 static inline void put_counts(void *out, int64_t at, v8 counts, int narrow, int count) {
+    if (narrow) {
+        bytes8((uint8_t *)out + at, counts, count);
+        return;
+    }
     float lanes[8];
     v8_store(lanes, counts);
     for (int i = 0; i < count; i++) put_count(out, at + i, lanes[i], narrow);

@@ -4,27 +4,26 @@
 
 typedef struct { const element *g; const uint8_t *bits; element *out; int64_t count; } apply;
 
-/* Items are bytes of the mask. Elements are moved as they are, never converted. */
+/* Elements are moved as they are, never converted. */
+static inline void apply8(element *out, const element *g, unsigned mask) {
+#ifdef ET_BF16
+    for (int k = 0; k < 8; k++) out[k] = (element)(g[k] & -(mask >> k & 1));
+#else
+    v8_store(out, v8_keep(v8_load(g), mask));
+#endif
+}
+
+/* Items are bytes of the mask. */
 static void apply_bytes(const void *job, int64_t begin, int64_t end) {
     const apply *apply = job;
-    for (int64_t i = begin; i < end; i++) {
-        const element *g = apply->g + 8 * i;
-        element *out = apply->out + 8 * i;
-        unsigned mask = apply->bits[i];
-        int64_t rest = apply->count - 8 * i;
-#ifndef ET_BF16
-        if (rest >= 8) {
-            v8_store(out, v8_keep(v8_load(g), mask));
-            continue;
-        }
-#else
-        if (rest >= 8) {
-            for (int k = 0; k < 8; k++) out[k] = (element)(g[k] & -(mask >> k & 1));
-            continue;
-        }
-#endif
-        for (int64_t k = 0; k < rest; k++) out[k] = mask >> k & 1 ? g[k] : 0;
-    }
+    const element *g = apply->g;
+    const uint8_t *bits = apply->bits;
+    element *out = apply->out;
+    int64_t i = begin, whole = least(end, apply->count / 8);
+    for (; i + 4 <= whole; i += 4)
+        for (int k = 0; k < 4; k++) apply8(out + 8 * (i + k), g + 8 * (i + k), bits[i + k]);
+    for (; i < whole; i++) apply8(out + 8 * i, g + 8 * i, bits[i]);
+    for (int64_t k = 8 * i; k < least(8 * end, apply->count); k++) out[k] = bits[i] >> (k & 7) & 1 ? g[k] : 0;
 }
 
 void NAME(et_mask_apply)(const element *g, const uint8_t *bits, element *out, int64_t count, int threads) {

@@ -8,10 +8,17 @@ typedef struct { const element *x; uint8_t *bits; int64_t count; float low, high
 static void pack_bytes(const void *job, int64_t begin, int64_t end) {
     const pack *pack = job;
     v8 low = v8_all(pack->low), high = v8_all(pack->high);
-    for (int64_t i = begin; i < end; i++) {
+    int64_t i = begin, whole = pack->count / 8;
+    for (; i + 4 <= least(end, whole); i += 4) {
+        uint32_t four = 0;
+        for (int k = 0; k < 4; k++) four |= v8_inside(load8(pack->x + 8 * (i + k), 8), low, high) << (8 * k);
+        for (int k = 0; k < 4; k++) pack->bits[i + k] = (uint8_t)(four >> (8 * k));
+    }
+    for (; i < end; i++) {
         int64_t rest = pack->count - 8 * i;
-        if (rest >= 8) pack->bits[i] = (uint8_t)v8_inside(load8(pack->x + 8 * i, 8), low, high);
-        else pack->bits[i] = (uint8_t)(v8_inside(load8(pack->x + 8 * i, (int)rest), low, high) & ((1u << rest) - 1));
+        int here = (int)least(8, rest);
+        unsigned mask = v8_inside(load8(pack->x + 8 * i, here), low, high);
+        pack->bits[i] = (uint8_t)(mask & ((1u << here) - 1));
     }
 }
 

@@ -20,6 +20,24 @@ static inline v8 v8_pairs(v8 a, v8 b) {
     __m256d mixed = _mm256_castps_pd(_mm256_hadd_ps(a, b));
     return _mm256_castpd_ps(_mm256_permute4x64_pd(mixed, 0xd8));
 }
+/* a0 a2 a4 a6 b0 b2 b4 b6 */
+static inline v8 v8_evens(v8 a, v8 b) {
+    __m256d mixed = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(mixed, 0xd8));
+}
+/* Whole numbers 0..255 as bytes. */
+static inline void v8_bytes(uint8_t *p, v8 a) {
+    __m256i whole = _mm256_cvttps_epi32(a);
+    __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi16(half, half));
+}
+/* Lane by lane, v and its position take over where v is larger or NaN, or where nothing stood yet (below 0). */
+static inline void v8_challenge(v8 *best, v8 *where, v8 v, v8 position) {
+    v8 larger = _mm256_or_ps(_mm256_cmp_ps(v, *best, _CMP_GT_OQ), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    v8 wins = _mm256_or_ps(larger, _mm256_cmp_ps(*where, _mm256_setzero_ps(), _CMP_LT_OQ));
+    *best = _mm256_blendv_ps(*best, v, wins);
+    *where = _mm256_blendv_ps(*where, position, wins);
+}
 static inline v8 v8_bf16(const uint16_t *p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -67,6 +85,21 @@ static inline void v8_store(float *p, v8 x) { vst1q_f32(p, x.a); vst1q_f32(p + 4
 static inline v8 v8_add(v8 x, v8 y) { return (v8){vaddq_f32(x.a, y.a), vaddq_f32(x.b, y.b)}; }
 static inline v8 v8_mul(v8 x, v8 y) { return (v8){vmulq_f32(x.a, y.a), vmulq_f32(x.b, y.b)}; }
 static inline v8 v8_pairs(v8 x, v8 y) { return (v8){vpaddq_f32(x.a, x.b), vpaddq_f32(y.a, y.b)}; }
+static inline v8 v8_evens(v8 x, v8 y) { return (v8){vuzp1q_f32(x.a, x.b), vuzp1q_f32(y.a, y.b)}; }
+static inline void v8_bytes(uint8_t *p, v8 x) {
+    uint16x8_t half = vcombine_u16(vmovn_u32(vcvtq_u32_f32(x.a)), vmovn_u32(vcvtq_u32_f32(x.b)));
+    vst1_u8(p, vmovn_u16(half));
+}
+static inline void v4_challenge(float32x4_t *best, float32x4_t *where, float32x4_t v, float32x4_t position) {
+    uint32x4_t larger = vorrq_u32(vcgtq_f32(v, *best), vmvnq_u32(vceqq_f32(v, v)));
+    uint32x4_t wins = vorrq_u32(larger, vcltq_f32(*where, vdupq_n_f32(0)));
+    *best = vbslq_f32(wins, v, *best);
+    *where = vbslq_f32(wins, position, *where);
+}
+static inline void v8_challenge(v8 *best, v8 *where, v8 v, v8 position) {
+    v4_challenge(&best->a, &where->a, v.a, position.a);
+    v4_challenge(&best->b, &where->b, v.b, position.b);
+}
 static inline v8 v8_bf16(const uint16_t *p) {
     uint16x8_t half = vld1q_u16(p);
     return (v8){vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(half), 16)),
@@ -101,6 +134,23 @@ static inline v8 v8_pairs(v8 a, v8 b) {
         r.lane[i + 4] = b.lane[2 * i] + b.lane[2 * i + 1];
     }
     return r;
+}
+static inline v8 v8_evens(v8 a, v8 b) {
+    v8 r;
+    for (int i = 0; i < 4; i++) {
+        r.lane[i] = a.lane[2 * i];
+        r.lane[i + 4] = b.lane[2 * i];
+    }
+    return r;
+}
+static inline void v8_bytes(uint8_t *p, v8 a) { EACH p[i] = (uint8_t)a.lane[i]; }
+static inline void v8_challenge(v8 *best, v8 *where, v8 v, v8 position) {
+    EACH {
+        float x = v.lane[i];
+        int wins = (x > best->lane[i]) | (x != x) | (where->lane[i] < 0);
+        best->lane[i] = wins ? x : best->lane[i];
+        where->lane[i] = wins ? position.lane[i] : where->lane[i];
+    }
 }
 static inline v8 v8_bf16(const uint16_t *p) { v8 r; EACH r.lane[i] = bf16_to_float(p[i]); return r; }
 static inline v8 v8_keep(v8 a, unsigned mask) { EACH a.lane[i] = mask >> i & 1 ? a.lane[i] : 0; return a; }
@@ -146,6 +196,16 @@ static inline void store8(element *p, v8 a, int count) {
     if (count == 8) v8_store(p, a);
     else part_store(p, a, count);
 #endif
+}
+
+static inline void bytes8(uint8_t *p, v8 a, int count) {
+    if (count == 8) {
+        v8_bytes(p, a);
+        return;
+    }
+    uint8_t lanes[8];
+    v8_bytes(lanes, a);
+    for (int i = 0; i < count; i++) p[i] = lanes[i];
 }
 
 /* Up to eight bits from bit `at` on, reading no byte beyond those that hold them. */
