@@ -119,8 +119,8 @@ class Segment:
 
 
 def one_call(rule: Rule, call: Call) -> Segment:
-    """A segment of a single call."""
-    return Segment(rule=rule, calls=(call,), inputs=call.inputs, outputs=(call.node,),
+    """A segment of a single call; one inside a submodule that could not be followed reads one unnamed value."""
+    return Segment(rule=rule, calls=(call,), inputs=call.inputs or ("x",), outputs=(call.node,),
                    params=tuple(call.params.values()))
 
 

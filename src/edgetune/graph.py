@@ -210,7 +210,7 @@ def _watching(model: nn.Module, root: nn.Module, prefix: str, calls: list[Call])
         def record(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             given = [x for x in args if isinstance(x, torch.Tensor)]
             facts = {**describe_module(module, name, given), "followed": False}
-            calls.append(_make_call(model, name, f"{name}#{len(calls)}", (), given, out, facts))
+            calls.append(_make_call(model, facts.pop("name"), f"{name}#{len(calls)}", (), given, out, facts))
         return record
 
     named = [(f"{prefix}.{name}".strip("."), m) for name, m in root.named_modules() if is_layer(m)]

@@ -42,8 +42,8 @@ def synthesise(coefficients: torch.Tensor, hw: tuple[int, int], cell: Cell) -> t
 
 @lru_cache(maxsize=64)
 def _pairs(bases: int) -> tuple[tuple[int, int], ...]:
-    """The first products of Walsh functions (row, column), by total sequency."""
-    ordered = sorted(((i, j) for i in range(bases) for j in range(bases)), key=lambda ij: (sum(ij), max(ij), ij))
+    """The first products of Walsh functions (row, column), squares completed: 4 are 2 x 2, 9 are 3 x 3."""
+    ordered = sorted(((i, j) for i in range(bases) for j in range(bases)), key=lambda ij: (max(ij), sum(ij), ij))
     return tuple(ordered[:bases])
 
 

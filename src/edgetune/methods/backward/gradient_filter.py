@@ -95,7 +95,7 @@ def mix_weight(t: torch.Tensor, x: torch.Tensor, groups: int) -> torch.Tensor:
     n, o, length = t.shape
     i = x.shape[1] // groups
     if groups == 1:
-        return t.transpose(0, 1).reshape(o, -1) @ x.transpose(0, 1).reshape(i, -1).T
+        return t.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).T
     per_group = t.view(n, groups, o // groups, length)
     if i == 1:
         return (per_group * x.view(n, groups, 1, length)).sum((0, 3)).view(o, 1)
@@ -114,7 +114,7 @@ def grid_grad_input(g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometr
     t = received_grid(g, geometry, patch_px)
     grid = t.shape[4:]
     # taps become further channels of the product: (n, g o/g u v, l) with weight (g o/g u v, i)
-    t = t.reshape(n, o * ku * kv, -1)
+    t = t.reshape(n, o * ku * kv, grid[0] * grid[1])
     gx = mix_input(t, weight.permute(0, 2, 3, 1).reshape(o * ku * kv, i), groups)
     return gx.view(n, geometry.in_channels, *grid) / on(cell_area(geometry.in_hw, input_cell(geometry, patch_px, taps)), g)
 
@@ -128,7 +128,7 @@ def grid_grad_weight(x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry, p
     if taps == "mean":
         _, t = received_mean(g, geometry, patch_px)
         return kernels.tap_spread(mix_weight(t.flatten(2), x, geometry.groups), ku, kv)
-    t = received_grid(g, geometry, patch_px).reshape(g.shape[0], o * ku * kv, -1)
+    t = received_grid(g, geometry, patch_px).flatten(4).flatten(1, 3)
     gw = mix_weight(t, x, geometry.groups)
     return gw.view(o, ku, kv, i).permute(0, 3, 1, 2).contiguous()
 

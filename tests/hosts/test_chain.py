@@ -1,0 +1,120 @@
+"""The pooled chain equals gradient filtering layer by layer, on every network, to float64 precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nets import NETS, scramble
+from torch import nn
+
+import edgetune as et
+from edgetune.contract import Method, Plan
+from edgetune.methods.backward.exact import Exact
+from edgetune.methods.backward.gradient_filter import GradientFilter
+from edgetune.methods.backward.pooled_chain import PooledChain
+from edgetune.models import load_model
+
+Gradients = dict[str, torch.Tensor]
+
+
+def everything(graph: et.Graph, method: Method) -> Plan:
+    """All convolutions by one method, all shifts and heads learn."""
+    layers = {call.name: (method,) for call in graph.layers("conv")}
+    learns = {call.name: tuple(role for role in call.params if role in ("weight", "bias"))
+              for call in graph.layers("conv", "linear")}
+    learns |= {call.name: ("bias",) for call in graph.layers("norm") if "bias" in call.params}
+    return Plan(input_shape=graph.input_shape, layers=layers, learns=learns)
+
+
+def run(model: nn.Module, x: torch.Tensor, plan: Plan | None) -> tuple[torch.Tensor, Gradients, torch.Tensor, list[str]]:
+    """Output, gradients of parameters, gradient of the input, segment names; the model is left without gradients."""
+    undo = et.apply(model, plan) if plan else None
+    model.eval()
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    names = [segment.name for segment in undo.segments] if undo else []
+    model.zero_grad(set_to_none=True)
+    if undo:
+        undo()
+    return y.detach(), grads, x.grad, names
+
+
+def close(a: Gradients, b: Gradients) -> None:
+    assert a.keys() == b.keys() and a
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=1e-9, atol=1e-9 * float(b[name].abs().max() + 1)), name
+
+
+@pytest.fixture(params=[*NETS, "mobilenet_v2", "resnet18", "mobilenet_v3_small", "resnet20"])
+def net(request: pytest.FixtureRequest) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(3)
+    if request.param in NETS:
+        return scramble(NETS[request.param]()).double(), torch.randn(2, 3, 22, 19, dtype=torch.float64)
+    model = scramble(load_model(request.param, num_classes=5)).double()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    size = (32, 32) if request.param == "resnet20" else (64, 50)
+    return model, torch.randn(2, 3, *size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("patch_px", "taps"), [(2, "mean"), (4, "mean"), (3, "grid")])
+def test_chain_equals_layer_by_layer(net: tuple[nn.Module, torch.Tensor], patch_px: int, taps: str) -> None:
+    model, x = net
+    graph = et.trace(model, x)
+    y, expected, gx, _ = run(model, x, everything(graph, GradientFilter(patch_px=patch_px, taps=taps)))
+    y_chain, found, gx_chain, _ = run(model, x, everything(graph, PooledChain(patch_px=patch_px, taps=taps)))
+    assert torch.equal(y, y_chain)
+    close(found, expected)
+    assert torch.allclose(gx, gx_chain, rtol=1e-9, atol=1e-9 * float(gx.abs().max()))
+
+
+@pytest.mark.parametrize("method", [Exact(), GradientFilter(patch_px=1, taps="grid"), PooledChain(patch_px=1, taps="grid")],
+                         ids=["exact", "filter", "chain"])
+def test_hosts_on_single_pixels_equal_autograd(net: tuple[nn.Module, torch.Tensor], method: Method) -> None:
+    model, x = net
+    y, expected, gx, _ = run(model, x, None)
+    plan = everything(et.trace(model, x), method)
+    y_host, found, gx_host, _ = run(model, x, plan)
+    assert torch.equal(y, y_host)
+    close(found, {name: expected[name] for name in plan.learned()})
+    assert torch.allclose(gx, gx_host, rtol=1e-9, atol=1e-9 * float(gx.abs().max()))
+
+
+def test_mixed_patches_and_exact_layers_equal_layer_by_layer(net: tuple[nn.Module, torch.Tensor]) -> None:
+    model, x = net
+    graph = et.trace(model, x)
+
+    def mixed(kind: type[GradientFilter]) -> Plan:
+        choices = [kind(patch_px=2), kind(patch_px=4), Exact(), kind(patch_px=7), kind(patch_px=2, taps="grid")]
+        plan = everything(graph, Exact())
+        return plan.model_copy(update={"layers": {name: (choices[i % 5],) for i, name in enumerate(plan.layers)}})
+
+    _, expected, _, _ = run(model, x, mixed(GradientFilter))
+    _, found, _, _ = run(model, x, mixed(PooledChain))
+    close(found, expected)
+
+
+def test_runs_span_whole_networks() -> None:
+    """MobileNetV2 is one run from the stem to the global mean; ResNet-18 two, cut by its max-pool."""
+    for name, spans in (("mobilenet_v2", 1), ("resnet18", 2)):
+        model = load_model(name, num_classes=5)
+        graph = et.trace(model, torch.zeros(1, 3, 64, 64))
+        segments = PooledChain.claim(graph, everything(graph, PooledChain()))
+        assert len(segments) == spans
+        assert {c.node for c in graph.layers("conv")} <= {c.node for s in segments for c in s.calls}
+
+
+def test_masks_after_an_add_are_not_averaged_one_by_one() -> None:
+    """Projecting at every ReLU of an identity run gives another gradient: the AND-ed bits are needed."""
+    from edgetune.hosts.chain import ChainRule
+    model = scramble(NETS["Residual"]()).double()
+    graph = et.trace(model, torch.zeros(2, 3, 22, 19, dtype=torch.float64))
+    (segment,) = PooledChain.claim(graph, everything(graph, PooledChain(patch_px=4)))
+    assert isinstance(segment.rule, ChainRule)
+    after_adds = {c.node for c in graph.layers("activation") if graph[c.inputs[0]].kind == "add"}
+    assert len(after_adds) == 3 and not after_adds & segment.rule.schedule.counted.keys()
+    between = {c.node for c in graph.layers("activation")} - after_adds
+    assert between & segment.rule.schedule.counted.keys()
