@@ -30,9 +30,12 @@ LINE = [
     "plan",
     "models",
     "data",
+    "run",
+    "run",
     "train",
     "report",
     "bench",
+    "doctor",
     "cli",
     "__main__",
 ]
