@@ -136,7 +136,7 @@ def layer_row(case: str, patch_px: int, speedup: float, machine: str = "box") ->
         "suite": "layers", "machine": machine, "git": "0123456789", "versions": {"torch": "2.0"},
         "case": case, "patch_px": patch_px, "taps": "mean", "batch": 4, "threads": 2, "baseline_ms": 10.0,
         "backward_speedup": speedup, "grid_speedup": 2 * speedup, "kept_bytes": 1024,
-        "kept_bytes_baseline": 4096, "cosine": 0.5, "scale": 1.0,
+        "kept_bytes_baseline": 4096, "cosine": 0.5, "scale": 1.0, "keep_overhead": 0.05,
     }  # fmt: skip
 
 
@@ -144,8 +144,8 @@ class TestTables:
     def test_medians_stand_below_each_patch_size(self) -> None:
         rows = [layer_row(name, 2, speedup) for name, speedup in (("a", 1.0), ("b", 5.0), ("c", 3.0))]
         written = tables.render("layers", rows).splitlines()
-        assert written[0] == "box; torch 2.0; commit 0123456"
-        assert written[4] == "| a | 2 | 10.0 ms | 1.0x | 2.0x | 1.0 KiB of 4.0 KiB | 0.50 | 1.00 |"
+        assert written[0] == "box; 2 threads; torch 2.0; commit 0123456"
+        assert written[4] == "| a | 2 | 10.0 ms | 1.0x | 2.0x | 5.0 % | 1.0 KiB of 4.0 KiB | 0.50 | 1.00 |"
         assert written[-1].startswith("| **median** | 2 | - | 3.0x | 6.0x |")
 
     def test_a_later_row_replaces_an_earlier_one(self) -> None:
@@ -154,7 +154,13 @@ class TestTables:
 
     def test_machines_stay_apart(self) -> None:
         written = tables.render("layers", [layer_row("a", 2, 1.0), layer_row("a", 2, 7.0, machine="other")])
-        assert "box; torch" in written and "other; torch" in written
+        assert "box; 2 threads" in written and "other; 2 threads" in written
+
+    def test_tap_forms_and_trials_stay_out(self) -> None:
+        grid, trial = {"taps": "grid"}, {"quick": True}
+        rows = [layer_row("a", 2, 1.0), layer_row("b", 2, 9.0) | grid, layer_row("c", 2, 8.0) | trial]
+        assert "| b |" not in tables.render("layers", rows) and "| c |" not in tables.render("layers", rows)
+        assert "| b |" in tables.render("layers-grid", rows)
 
     def test_a_suite_without_rows_says_so(self) -> None:
         assert "edgetune bench steps" in tables.render("steps", [])

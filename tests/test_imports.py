@@ -14,31 +14,10 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "edgetune"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
-    "errors",
-    "units",
-    "shapes",
-    "record",
-    "kernels",
-    "overlap",
-    "recognise",
-    "graph",
-    "contract",
-    "hosts",
-    "methods",
-    "apply",
-    "profile",
-    "plan",
-    "models",
-    "data",
-    "run",
-    "run",
-    "train",
-    "report",
-    "bench",
-    "doctor",
-    "cli",
-    "__main__",
-]
+    "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "contract", "hosts",
+    "methods", "apply", "profile", "plan", "models", "data", "run", "train", "report", "bench", "doctor",
+    "cli", "__main__",
+]  # fmt: skip
 BASICS = {"errors", "units", "shapes", "record"}
 NARROW = {"models": BASICS, "data": BASICS}
 """Rooms that see even less than what stands to their left."""

@@ -45,8 +45,14 @@ def against(field: str) -> Format:
 
 
 def spread(mean: str, deviation: str) -> Format:
-    """Mean ± standard deviation."""
-    return lambda row: f"{number(mean, 1)(row)} ± {number(deviation, 1)(row)}"
+    """Mean ± standard deviation; the mean alone where there was one run."""
+    both = [number(mean, 1), number(deviation, 1)]
+    return lambda row: " ± ".join(form(row) for form in both if form(row) != "-")
+
+
+def percent(field: str) -> Format:
+    """A share as a percentage."""
+    return lambda row: f"{100 * row[field]:.1f} %" if row.get(field) is not None else "-"
 
 
 def interval(row: Row) -> str:
@@ -59,17 +65,24 @@ def interval(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: which rows, what tells them apart (a later line replaces an earlier one), what is shown."""
+    """One table: which rows, what tells them apart (a later line replaces an earlier one), what is shown.
+
+    `medians` are the fields of a last line a patch size, which has the medians over the rows shown.
+    """
 
     suite: str
     key: tuple[str, ...]
     columns: dict[str, Format]
+    where: Callable[[Row], bool] = lambda row: True
     medians: tuple[str, ...] = ()
 
+    def takes(self, row: Row) -> bool:
+        """Whether a row belongs here; trial runs on a few pictures belong nowhere."""
+        return row["suite"] == self.suite and not row.get("quick") and self.where(row)
+
     def lines(self, rows: Iterable[Row]) -> list[str]:
-        """The markdown of one machine's rows, with a last line of medians a patch size where asked for."""
-        latest = {tuple(str(row.get(name)) for name in self.key): row for row in rows}
-        shown = list(latest.values())
+        """The markdown of the rows of one machine."""
+        shown = list({tuple(str(row.get(name)) for name in self.key): row for row in rows}.values())
         if self.medians:
             shown += [
                 self._median(shown, patch_px) for patch_px in sorted({row["patch_px"] for row in shown})
@@ -81,32 +94,37 @@ class Table:
     def _median(self, rows: list[Row], patch_px: int) -> Row:
         chosen = [row for row in rows if row["patch_px"] == patch_px]
         values = {name: [row[name] for row in chosen if row.get(name) is not None] for name in self.medians}
-        return {
-            "case": "**median**",
-            "patch_px": patch_px,
-            **{name: statistics.median(found) for name, found in values.items() if found},
-        }
+        medians = {name: statistics.median(found) for name, found in values.items() if found}
+        return {"case": "**median**", "patch_px": patch_px, **medians}
 
 
-TABLES = {
-    "layers": Table(
+def layers(taps: str) -> Table:
+    """Single convolutions with one form of gradient filtering."""
+    return Table(
         suite="layers",
-        key=("case", "patch_px", "taps", "batch", "threads"),
+        where=lambda row: row["taps"] == taps,
+        key=("case", "patch_px", "batch"),
         columns={
             "layer": text("case"),
             "patch": text("patch_px"),
             "exact backward": number("baseline_ms", 1, " ms"),
             "with un-pooling": number("backward_speedup", 1, "x"),
             "on the grid": number("grid_speedup", 1, "x"),
+            "keeping, of forward": percent("keep_overhead"),
             "kept": against("kept_bytes"),
             "cosine": number("cosine"),
             "scale": number("scale"),
         },
-        medians=("backward_speedup", "grid_speedup", "cosine", "scale"),
-    ),
+        medians=("backward_speedup", "grid_speedup", "keep_overhead", "cosine", "scale"),
+    )
+
+
+TABLES = {
+    "layers": layers("mean"),
+    "layers-grid": layers("grid"),
     "steps": Table(
         suite="steps",
-        key=("case", "method", "patch_px", "taps", "batch", "threads"),
+        key=("case", "method", "patch_px", "taps", "batch"),
         columns={
             "step": text("case"),
             "method": text("method"),
@@ -129,34 +147,35 @@ TABLES = {
             "taps": text("taps"),
             "accuracy %": spread("accuracy_mean", "accuracy_sd"),
             "to plain (95 %)": interval,
-            "folds": text("seeds"),
+            "kept": size("kept_bytes"),
+            "runs": text("seeds"),
         },
     ),
 }
 
 
 def read_rows(folder: Path = RESULTS) -> list[Row]:
-    """Every row of every machine's file, in the order they were measured."""
-    return [
-        json.loads(line)
-        for file in sorted(folder.glob("*.jsonl"))
-        for line in file.read_text().splitlines()
-        if line.strip()
-    ]
+    """Every row of every file, in the order they were measured."""
+    texts = [file.read_text() for file in sorted(folder.glob("*.jsonl"))]
+    return [json.loads(line) for content in texts for line in content.splitlines() if line.strip()]
+
+
+def caption(row: Row) -> str:
+    """Where a row was measured, and of which version; a `+` after the commit: with changes of that day."""
+    threads = f"{row['threads']} threads; " if row.get("threads") else ""
+    commit = row["git"][:7] + "+" * row["git"].endswith("+")
+    return f"{row['machine']}; {threads}torch {row['versions']['torch']}; commit {commit}"
 
 
 def render(name: str, rows: Iterable[Row]) -> str:
-    """The table `name`, one part a machine, under a line that says where and of which version it was."""
+    """The table `name`, a part for each machine and number of threads, each under its caption."""
     table = TABLES[name]
-    chosen = [row for row in rows if row["suite"] == table.suite]
-    if not chosen:
+    parts: dict[tuple[str, int | None], list[Row]] = {}
+    for row in filter(table.takes, rows):
+        parts.setdefault((row["machine"], row.get("threads")), []).append(row)
+    if not parts:
         return f"*Not measured yet: `edgetune bench {table.suite}` does.*\n"
-    parts = []
-    for machine in dict.fromkeys(row["machine"] for row in chosen):
-        own = [row for row in chosen if row["machine"] == machine]
-        measured = f"{machine}; torch {own[-1]['versions']['torch']}; commit {own[-1]['git'][:7]}"
-        parts.append("\n".join([measured, "", *table.lines(own), ""]))
-    return "\n".join(parts)
+    return "\n".join("\n".join([caption(own[-1]), "", *table.lines(own), ""]) for own in parts.values())
 
 
 def documents(rows: list[Row] | None = None) -> dict[Path, str]:
