@@ -101,6 +101,28 @@ def test_documented_python_compiles_and_uses_public_names(file: Path) -> None:
         assert missing == []
 
 
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import edgetune as et
+    from edgetune.models import model_card
+
+    monkeypatch.chdir(tmp_path)
+    preprocess = et.Preprocess.from_input(model_card("digits_net").input)
+    x, y = torch.randn(8, 1, 32, 32), torch.arange(8)
+    names = {
+        "model": et.load_model("digits_net"),
+        "data": et.load_data("digits:drift", preprocess, limit=32),
+        "sample": x,
+        "x": x,
+        "y": y,
+    }
+    (block,) = PYTHON.findall((ROOT / "README.md").read_text())
+    exec(block, names)
+    assert isinstance(names["run"], et.Run)
+    assert (tmp_path / "runs" / "field" / "run.json").exists()
+
+
 def test_generated_pages_and_tables_are_fresh() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "generate.py", "--check"],
