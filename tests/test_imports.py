@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
     "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "contract", "hosts",
-    "methods", "apply", "profile", "plan", "models", "data", "run", "train", "report", "bench", "doctor",
+    "methods", "apply", "profile", "plan", "models", "data", "run", "loop", "train", "report", "bench", "doctor",
     "cli", "__main__",
 ]  # fmt: skip
 BASICS = {"errors", "units", "shapes", "record"}
