@@ -11,6 +11,7 @@ Subclasses register themselves by name; `edgetune.methods` imports every file of
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -166,9 +167,16 @@ class Plan(Record):
                          for role in roles)
 
 
+def known_methods() -> dict[str, type[Method]]:
+    """Every method by name; the folders are walked on first need."""
+    importlib.import_module("edgetune.methods")
+    return REGISTRY
+
+
 def _read_method(layer: str, entry: Any) -> Method:
     if isinstance(entry, Method):
         return entry
+    known_methods()
     if not isinstance(entry, Mapping) or entry.get("method") not in REGISTRY:
         named = entry.get("method") if isinstance(entry, Mapping) else entry
         raise PlanError(f"the plan gives layer '{layer}' the method '{named}', which is not known: "

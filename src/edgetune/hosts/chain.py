@@ -16,6 +16,7 @@ from edgetune import kernels
 from edgetune.contract import Needs, Segment, Tensors
 from edgetune.graph import Call, Graph
 from edgetune.hosts.conv import convolve
+from edgetune.hosts.cursor import working_on
 from edgetune.hosts.grid import (
     PIXEL,
     Cell,
@@ -152,6 +153,7 @@ class ChainRule:
             state.kept[f"size:{node}"] = x.new_empty((*x.shape[2:], 0))
         for call in segment.calls:
             given = [values[node] for node in call.inputs]
+            working_on(call)
             values[call.node] = _FORWARD[call.kind](self, call, given, state)
             for node in call.inputs:
                 if last_use[node] == call.node and node not in segment.outputs:
@@ -170,6 +172,7 @@ class ChainRule:
             terms = merge(flows.pop(call.node, []))
             if not terms or call.node not in state.live:
                 continue
+            working_on(call)
             leaving = _BACKWARD[call.kind](self, call, terms, sizes, state)
             for node, flow in zip(call.inputs, leaving, strict=True):
                 if node in state.live:

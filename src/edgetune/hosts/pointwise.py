@@ -84,13 +84,17 @@ class MaskRule:
         y = activate(call.function, x)
         if not needs.inputs[0]:
             return (y,), {}
-        return (y,), {"bits": kernels.mask_pack(y, *MASKS[call.function])}
+        # bits follow the memory order of what was packed; the name says which
+        order = "channels_last" if kernels.is_channels_last(y) else "contiguous"
+        return (y,), {order: kernels.mask_pack(y, *MASKS[call.function])}
 
     def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
                  needs: Needs) -> Backward:
         if gys[0] is None or not needs.inputs[0]:
             return (None,), {}
-        return (kernels.mask_apply(gys[0], kept["bits"]),), {}
+        ((order, bits),) = kept.items()
+        layout = torch.channels_last if order == "channels_last" else torch.contiguous_format
+        return (kernels.mask_apply(gys[0].contiguous(memory_format=layout), bits),), {}
 
 
 class SmoothRule:

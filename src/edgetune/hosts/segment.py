@@ -13,6 +13,7 @@ import torch
 
 from edgetune.contract import Needs, Segment
 from edgetune.errors import Refusal
+from edgetune.hosts.cursor import working_on
 
 
 class SegmentFunction(torch.autograd.Function):
@@ -23,6 +24,7 @@ class SegmentFunction(torch.autograd.Function):
         xs, params = tensors[:len(segment.inputs)], dict(zip(segment.params, tensors[len(segment.inputs):],
                                                              strict=True))
         needs = _needs(segment, ctx.needs_input_grad[1:])
+        working_on(segment.calls[0])
         ys, kept = segment.rule.forward(segment, xs, params, needs)
         ctx.segment, ctx.kept_names = segment, tuple(kept)
         # a view of an input handed out as an output would confuse autograd's bookkeeping
@@ -40,6 +42,7 @@ class SegmentFunction(torch.autograd.Function):
         params = dict(zip(segment.params, saved, strict=False))
         kept = dict(zip(ctx.kept_names, saved[len(segment.params):], strict=True))
         needs = _needs(segment, ctx.needs_input_grad[1:])
+        working_on(segment.calls[-1])
         gxs, grads = segment.rule.backward(segment, kept, gys, params, needs)
         return (None, *gxs, *(grads.get(name) for name in segment.params))
 

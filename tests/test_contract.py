@@ -1,0 +1,156 @@
+"""Every registered method keeps every promise of the contract; a method's own test holds only what is peculiar to it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nets import NETS, scramble
+from torch import nn
+
+import edgetune as et
+from edgetune.contract import HEADINGS, Method, Plan, known_methods
+from edgetune.errors import EdgetuneError, PlanError, Refusal
+from edgetune.graph import Call
+from edgetune.plan import last_layers
+
+METHODS = known_methods()
+BACKWARD = {name: kind for name, kind in METHODS.items() if kind.family == "backward"}
+each_method = pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS.keys())
+each_backward = pytest.mark.parametrize("kind", BACKWARD.values(), ids=BACKWARD.keys())
+
+
+def fresh(name: str = "Residual") -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(5)
+    return scramble(NETS[name]()), torch.randn(3, 3, 16, 16)
+
+
+def plan_for(model: nn.Module, x: torch.Tensor, kind: type[Method], count: int | None = 4) -> Plan:
+    return last_layers(et.trace(model, x), count, kind())
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    nn.functional.cross_entropy(model(x), torch.arange(len(x)) % 5).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@each_method
+def test_page_has_the_six_headings(kind: type[Method]) -> None:
+    page = kind.explain().splitlines()
+    assert [line for line in page if line in HEADINGS] == list(HEADINGS)
+
+
+@each_method
+def test_plan_goes_through_json_and_refuses_unknown_keys(kind: type[Method]) -> None:
+    plan = Plan(input_shape=(1, 3, 8, 8), layers={"a.b": (kind(),)}, learns={"a.b": ("weight",)}, micro_batch=2)
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    with pytest.raises((EdgetuneError, ValueError), match="nonsense"):
+        Plan.model_validate({"input_shape": (1, 3, 8, 8), "layers": {"a": [{"method": kind.method, "nonsense": 1}]}})
+
+
+@each_method
+def test_refuses_by_name_with_a_way_out(kind: type[Method]) -> None:
+    odd = Call(name="pool", node="pool", kind="max_pool", function="max_pool2d")
+    reason = kind().refuse(odd)
+    assert reason is not None and ": " in reason
+    model, x = fresh()
+    plan = Plan(input_shape=tuple(x.shape), layers={"nowhere": (kind(),)})
+    with pytest.raises(PlanError, match="nowhere"):
+        et.apply(model, plan)
+
+
+@each_backward
+def test_apply_then_undo_gives_the_model_back(kind: type[Method]) -> None:
+    model, x = fresh()
+    model.train()
+    types = [type(m) for m in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    names = {id(m): set(m.__dict__) for m in model.modules()}
+    undo = et.apply(model, plan_for(model, x, kind))
+    gradients(model, x)
+    assert list(model.state_dict()) == list(before)
+    undo()
+    assert [type(m) for m in model.modules()] == types
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(m.training for m in model.modules())
+    assert {id(m): set(m.__dict__) for m in model.modules()} == names
+
+
+@each_backward
+@pytest.mark.parametrize("net", NETS)
+def test_forward_is_what_the_method_promises(kind: type[Method], net: str) -> None:
+    model, x = fresh(net)
+    model.eval()
+    expected = model(x)
+    undo = et.apply(model, plan_for(model, x, kind, None))
+    model.train()
+    found = model(x)
+    undo()
+    assert kind.forward_is == "identical"
+    assert torch.equal(found, expected)
+
+
+@each_backward
+def test_gradients_are_finite_and_only_where_they_are_asked_for(kind: type[Method]) -> None:
+    model, x = fresh()
+    plan = plan_for(model, x, kind)
+    et.apply(model, plan)
+    grads = gradients(model, x)
+    assert grads.keys() == plan.learned()
+    for name, parameter in model.named_parameters():
+        if name in grads:
+            assert grads[name].shape == parameter.shape and grads[name].dtype == parameter.dtype
+            assert grads[name].isfinite().all()
+
+
+@each_backward
+def test_same_seed_same_result(kind: type[Method]) -> None:
+    results = []
+    for _ in range(2):
+        model, x = fresh()
+        et.apply(model, plan_for(model, x, kind))
+        results.append(gradients(model, x))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@each_backward
+def test_survives_deepcopy_state_dict_no_grad_and_a_batch_of_one(kind: type[Method]) -> None:
+    model, x = fresh()
+    et.apply(model, plan_for(model, x, kind))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+    assert not torch.equal(twin(x), model(x))  # the copy computes with its own parameters
+    twin.load_state_dict(model.state_dict())
+    expected = gradients(model, x)
+    found = gradients(twin, x)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with torch.no_grad():
+        assert not model(x).requires_grad
+    assert gradients(model, x[:1]).keys() == expected.keys()
+    assert model(x[:0]).shape == (0, 5)
+
+
+@each_backward
+def test_another_map_size_than_the_traced_one(kind: type[Method]) -> None:
+    model, x = fresh("Inverted")
+    plan = plan_for(model, x, kind, None)
+    larger = torch.randn(2, 3, 37, 21)
+    model.eval()
+    expected = model(larger)
+    et.apply(model, plan)
+    assert torch.equal(model(larger), expected)
+    assert all(g.isfinite().all() for g in gradients(model, larger).values())
+
+
+@each_backward
+def test_double_backward_is_refused_in_words(kind: type[Method]) -> None:
+    model, x = fresh()
+    et.apply(model, plan_for(model, x, kind))
+    with pytest.raises(Refusal, match="create_graph"):
+        torch.autograd.grad(model(x).sum(), [p for p in model.parameters() if p.requires_grad], create_graph=True)
