@@ -1,4 +1,4 @@
-"""Pictures: image folders, npz files and built-in sets, prepared as a network wants them, and repeatable views of them."""
+"""Pictures from folders, npz files and built-in sets, prepared as a network wants them; repeatable views."""
 
 from edgetune.data.augment import augment, batches
 from edgetune.data.chance import generator_for
@@ -9,5 +9,18 @@ from edgetune.data.picture import open_picture
 from edgetune.data.preprocess import Preprocess
 from edgetune.data.settings import Augment, Camera
 
-__all__ = ["Augment", "Camera", "Dataset", "Pictures", "Preprocess", "augment", "batches", "drift", "generator_for",
-           "list_data", "load_data", "load_eval", "open_picture"]
+__all__ = [
+    "Augment",
+    "Camera",
+    "Dataset",
+    "Pictures",
+    "Preprocess",
+    "augment",
+    "batches",
+    "drift",
+    "generator_for",
+    "list_data",
+    "load_data",
+    "load_eval",
+    "open_picture",
+]

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, not on what was drawn before: resuming repeats them exactly."""
+"""Random numbers that depend on what they are for, not on what was drawn before, so resuming is exact."""
 
 from __future__ import annotations
 

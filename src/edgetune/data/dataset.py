@@ -23,9 +23,15 @@ CACHE_BYTES = 512 * 2**20
 class Pictures(data.Dataset[tuple[torch.Tensor, int]]):
     """A map-style data set: index -> (float32 (c h w), label). `names` and `labels` list them in order."""
 
-    def __init__(self, listing: Listing, preprocess: Preprocess, camera: Camera | None,
-                 cache: torch.Tensor | None) -> None:
-        self.names, self.labels, self.preprocess, self.camera = listing.names, listing.labels, preprocess, camera
+    def __init__(
+        self, listing: Listing, preprocess: Preprocess, camera: Camera | None, cache: torch.Tensor | None
+    ) -> None:
+        self.names, self.labels, self.preprocess, self.camera = (
+            listing.names,
+            listing.labels,
+            preprocess,
+            camera,
+        )
         self._listing, self._cache = listing, cache
 
     def __len__(self) -> int:
@@ -51,8 +57,8 @@ class Pictures(data.Dataset[tuple[torch.Tensor, int]]):
 class Dataset:
     """Pictures to train and validate on, with what has to be remembered of them.
 
-    `fingerprint` changes with names, sizes, labels, classes and drift of the pictures used, so that a resumed run can tell
-    whether it still sees the same data; `skipped` names unreadable pictures left out.
+    `fingerprint` changes with names, sizes, labels, classes and drift of the pictures used, so that a resumed
+    run can tell whether it still sees the same data; `skipped` names unreadable pictures left out.
     """
 
     source: str
@@ -70,12 +76,17 @@ class Dataset:
         return {"train": len(self.train), "val": len(self.val)}
 
 
-def decode(listing: Listing, preprocess: Preprocess, camera: Camera | None, skip_bad_images: bool,
-           ) -> tuple[Pictures, tuple[str, ...]]:
+def decode(
+    listing: Listing,
+    preprocess: Preprocess,
+    camera: Camera | None,
+    skip_bad_images: bool,
+) -> tuple[Pictures, tuple[str, ...]]:
     """Open the pictures of a listing; return them with the names of those skipped.
 
-    Small splits are decoded at once, so damage shows before training starts. Large ones are decoded when asked for, and
-    then a damaged picture raises DataError at that moment, unless they are to be skipped: then all are tried first.
+    Small splits are decoded at once, so damage shows before training starts. Large ones are decoded when
+    asked for, and then a damaged picture raises DataError at that moment, unless they are to be skipped: then
+    all are tried first.
     """
     channels, height, width = preprocess.shape
     small = len(listing) * channels * height * width <= CACHE_BYTES
@@ -91,7 +102,9 @@ def decode(listing: Listing, preprocess: Preprocess, camera: Camera | None, skip
             raise
         return pixels if small else None
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # Pillow decodes outside the interpreter lock
+    with ThreadPoolExecutor(
+        min(4, os.cpu_count() or 1)
+    ) as pool:  # Pillow decodes outside the interpreter lock
         outcomes = list(pool.map(attempt, range(len(listing))))
     skipped = tuple(outcome for outcome in outcomes if isinstance(outcome, str))
     kept = [index for index, outcome in enumerate(outcomes) if not isinstance(outcome, str)]

@@ -14,17 +14,26 @@ from edgetune.data.settings import PHOTO_CAMERA, Camera
 _CHUNK = 256
 
 
-def drift(images: torch.Tensor, seed: int = 0, camera: Camera = PHOTO_CAMERA,
-          keys: Sequence[int | str] | None = None) -> torch.Tensor:
+def drift(
+    images: torch.Tensor,
+    seed: int = 0,
+    camera: Camera = PHOTO_CAMERA,
+    keys: Sequence[int | str] | None = None,
+) -> torch.Tensor:
     """images uint8 (n c h w) -> the same seen by `camera`, uint8 (n c h w).
 
-    What chance decides (turn, light, noise) depends on `seed` and the picture's key alone (its index unless given),
-    never on the pictures around it.
+    What chance decides (turn, light, noise) depends on `seed` and the picture's key alone (its index unless
+    given), never on the pictures around it.
     """
     names = range(len(images)) if keys is None else keys
-    parts = [_seen(images[first:first + _CHUNK], [generator_for("drift", seed, key)
-                                                  for key in names[first:first + _CHUNK]], camera)
-             for first in range(0, len(images), _CHUNK)]
+    parts = [
+        _seen(
+            images[first : first + _CHUNK],
+            [generator_for("drift", seed, key) for key in names[first : first + _CHUNK]],
+            camera,
+        )
+        for first in range(0, len(images), _CHUNK)
+    ]
     return torch.cat(parts) if parts else images.clone()
 
 
@@ -40,7 +49,9 @@ def _seen(images: torch.Tensor, generators: list[torch.Generator], camera: Camer
         x = 1 - x
     if camera.noise:
         shape = x.shape[1:]
-        x = x + camera.noise * torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        x = x + camera.noise * torch.stack(
+            [torch.randn(shape, generator=generator) for generator in generators]
+        )
     return (x.clamp(0, 1) * 255).round().byte()
 
 
@@ -49,7 +60,9 @@ def _turned(x: torch.Tensor, radians: torch.Tensor) -> torch.Tensor:
         return x
     cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
     aspect = x.shape[-2] / x.shape[-1]
-    rows = torch.stack([torch.stack([cos, -sin * aspect, zero], 1), torch.stack([sin / aspect, cos, zero], 1)], 1)
+    rows = torch.stack(
+        [torch.stack([cos, -sin * aspect, zero], 1), torch.stack([sin / aspect, cos, zero], 1)], 1
+    )
     grid = F.affine_grid(rows, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 

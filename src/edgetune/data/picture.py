@@ -17,14 +17,16 @@ WAY_OUT = "mend or remove it, or skip such pictures with --skip-bad-images"
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """Open and decode a picture file, turned upright. Raises DataError naming it when it is damaged or no picture."""
+    """Open and decode a picture file, turned upright. Raises DataError naming one that is damaged."""
     try:
         with open(path, "rb") as file:
             return _decode(file, str(path))
     except FileNotFoundError as failure:
         raise DataError(f"picture '{path}' does not exist: check its path") from failure
     except OSError as failure:
-        raise DataError(f"picture '{path}' cannot be opened ({failure.strerror or failure}): {WAY_OUT}") from failure
+        raise DataError(
+            f"picture '{path}' cannot be opened ({failure.strerror or failure}): {WAY_OUT}"
+        ) from failure
 
 
 def decode_picture(content: bytes, name: str) -> Image.Image:
@@ -39,13 +41,12 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
             return ImageOps.exif_transpose(image) if image.getexif() else image.copy()
     except UnidentifiedImageError as failure:
         raise DataError(f"'{name}' is not a picture that can be read: {WAY_OUT}") from failure
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as failure:
-        # damaged files reach Pillow's parsers, which raise all of these
+    except Exception as failure:  # damaged files reach Pillow's parsers, which raise nearly anything
         raise DataError(f"picture '{name}' is damaged ({failure}): {WAY_OUT}") from failure
 
 
 def flat_colours(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB: grey repeated, CMYK and palettes converted, 16 bits scaled, transparency laid on white."""
+    """Any mode -> RGB: grey repeated, CMYK and palettes converted, 16 bits scaled, alpha laid on white."""
     if image.mode == "RGB":
         return image
     image = _eight_bits(image)
@@ -66,5 +67,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return image
     values = np.asarray(image, dtype=np.float64)
     top = float(values.max(initial=0.0))
-    full = 1.0 if image.mode == "F" and top <= 1.0 else 255.0 if image.mode in ("F", "I") and top <= 255.0 else 65535.0
+    full = (
+        1.0
+        if image.mode == "F" and top <= 1.0
+        else 255.0
+        if image.mode in ("F", "I") and top <= 255.0
+        else 65535.0
+    )
     return Image.fromarray(np.clip(np.rint(values * (255.0 / full)), 0, 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""From a picture to what a network wants: the recipe travels with the weights, so that prediction repeats training."""
+"""From a picture to what a network wants: a recipe that travels with the weights."""
 
 from __future__ import annotations
 
@@ -30,24 +30,28 @@ def _crop(image: Image.Image, size: Size, fraction: float) -> Image.Image:
 
 def _fit(image: Image.Image, size: Size, _: float) -> Image.Image:
     scale = min(size[0] / image.height, size[1] / image.width)
-    small = image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)),
-                         Image.Resampling.BILINEAR)
+    small = image.resize(
+        (max(round(image.width * scale), 1), max(round(image.height * scale), 1)), Image.Resampling.BILINEAR
+    )
     canvas = Image.new(image.mode, (size[1], size[0]))
     canvas.paste(small, ((size[1] - small.width) // 2, (size[0] - small.height) // 2))
     return canvas
 
 
 RESIZES: dict[str, Callable[[Image.Image, Size, float], Image.Image]] = {
-    "crop": _crop, "stretch": _stretch, "fit": _fit}
-"""Ways to reach a size: the middle of the picture, the whole picture distorted, or the whole with black bars."""
+    "crop": _crop,
+    "stretch": _stretch,
+    "fit": _fit,
+}
+"""Ways to reach a size: the middle of the picture, all of it distorted, or all of it with black bars."""
 
 
 class Preprocess(Record):
     """How a picture becomes a tensor.
 
-    `size` is (height, width) in pixels; `resize` one of `RESIZES`, where "crop" first scales the picture so that
-    `size` covers `crop_fraction` of it. Pixels 0..255 go to `value_range`, then `mean` is subtracted and `std` divides,
-    per channel. `channels` is 3 (RGB) or 1 (grey).
+    `size` is (height, width) in pixels; `resize` one of `RESIZES`, where "crop" first scales the picture so
+    that `size` covers `crop_fraction` of it. Pixels 0..255 go to `value_range`, then `mean` is subtracted and
+    `std` divides, per channel. `channels` is 3 (RGB) or 1 (grey).
     """
 
     size: Size = (224, 224)

@@ -30,8 +30,8 @@ TENSORFLOW = InputSpec(value_range=(-1.0, 1.0), mean=(0.0, 0.0, 0.0), std=(1.0, 
 class ModelCard(Record):
     """One named network of a model file.
 
-    `options` are the arguments that the file's `build` gets besides the class count; `weights` names a file that
-    ships in the package, if one does.
+    `options` are the arguments that the file's `build` gets besides the class count; `weights` names a file
+    that ships in the package, if one does.
     """
 
     name: str

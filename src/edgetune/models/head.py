@@ -1,4 +1,4 @@
-"""The classifier at the end of a network: finding it in any model, and giving it another number of classes."""
+"""The classifier at the end of a network: finding it in any model, and giving it other classes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,31 @@ from edgetune.errors import ModelError
 
 
 def find_head(model: nn.Module) -> str:
-    """The qualified name of the classifier: the last Linear or 1x1 convolution, with nothing learned after it.
+    """The qualified name of the classifier: the last Linear or 1x1 convolution, nothing learned after it.
 
-    The network is traced and walked back from its output; where it cannot be traced, the last layer with parameters
-    in order of registration is taken. Raises ModelError when that layer is no classifier.
+    The network is traced and walked back from its output; where it cannot be traced, the last layer with
+    parameters in order of registration is taken. Raises ModelError when that layer is no classifier.
     """
     name = _last_by_tracing(model) or _last_registered(model)
     layer = model.get_submodule(name) if name else None
     if layer is None or not is_classifier(layer):
-        what = f"its last layer with parameters, '{name}', is a {type(layer).__name__}" if name else "nothing is learned"
-        raise ModelError(f"no classifier was found at the end of {type(model).__name__} ({what}): the network must end "
-                         "in a Linear or a 1x1 convolution")
+        what = (
+            f"its last layer with parameters, '{name}', is a {type(layer).__name__}"
+            if name
+            else "it has no learned parts"
+        )
+        raise ModelError(
+            f"no classifier was found at the end of {type(model).__name__} ({what}): the network must end "
+            "in a Linear or a 1x1 convolution"
+        )
     return name
 
 
 def is_classifier(layer: nn.Module) -> bool:
     """Whether a layer can be a head: Linear, or an ungrouped 1x1 convolution."""
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
-                                            and layer.groups == 1)
+    return isinstance(layer, nn.Linear) or (
+        isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
+    )
 
 
 def head_classes(model: nn.Module) -> int:
@@ -42,8 +49,6 @@ def replace_head(model: nn.Module, num_classes: int, *, seed: int = 0) -> str:
     Raises ModelError when no classifier is found.
     """
     name = find_head(model)
-    if not name:
-        raise ModelError("the whole network is one layer, which cannot be swapped in place: wrap it in a Sequential")
     old = model.get_submodule(name)
     fresh: nn.Linear | nn.Conv2d
     with torch.random.fork_rng(devices=[]):  # a layer draws its default start from the global generator
@@ -51,14 +56,17 @@ def replace_head(model: nn.Module, num_classes: int, *, seed: int = 0) -> str:
             fresh = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
         else:
             assert isinstance(old, nn.Conv2d)
-            fresh = nn.Conv2d(old.in_channels, num_classes, 1, old.stride, bias=old.bias is not None)
+            fresh = nn.Conv2d(old.in_channels, num_classes, 1, bias=old.bias is not None)
+            fresh.stride = old.stride
     with torch.no_grad():
         fresh.weight.normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
         if fresh.bias is not None:
             fresh.bias.zero_()
     assert isinstance(old.weight, torch.Tensor)
     parent, _, attribute = name.rpartition(".")
-    model.get_submodule(parent)._modules[attribute] = fresh.to(old.weight.device, old.weight.dtype).train(old.training)
+    model.get_submodule(parent)._modules[attribute] = fresh.to(old.weight.device, old.weight.dtype).train(
+        old.training
+    )
     for counter in ("num_classes", "n_classes"):
         if isinstance(getattr(model, counter, None), int):
             setattr(model, counter, num_classes)
@@ -66,7 +74,9 @@ def replace_head(model: nn.Module, num_classes: int, *, seed: int = 0) -> str:
 
 
 def _last_registered(model: nn.Module) -> str:
-    learned = [name for name, layer in model.named_modules() if any(True for _ in layer.parameters(recurse=False))]
+    learned = [
+        name for name, layer in model.named_modules() if any(True for _ in layer.parameters(recurse=False))
+    ]
     return learned[-1] if learned else ""
 
 

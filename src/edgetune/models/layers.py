@@ -12,10 +12,11 @@ Pads = tuple[int, int, int, int]
 
 
 class Conv2dSame(nn.Conv2d):
-    """A convolution with TensorFlow's SAME padding: ceil(size / stride) pixels come out, the odd zero goes last.
+    """A convolution with TensorFlow's SAME padding: ceil(size / stride) pixels come out, the odd zero goes
+    last.
 
-    x (n c h w) -> y (n o ceil(h / stride) ceil(w / stride)). Unlike `padding="same"` it takes strides; the padding
-    depends on the map, so `padding` reads 0 and `pads(h, w)` is asked instead.
+    x (n c h w) -> y (n o ceil(h / stride) ceil(w / stride)). Unlike `padding="same"` it takes strides; the
+    padding depends on the map, so `padding` reads 0 and `pads(h, w)` is asked instead.
     """
 
     def pads(self, h: int, w: int) -> Pads:
@@ -34,8 +35,14 @@ def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]
 
 
 @fx.wrap
-def _conv_same(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int],
-               dilation: tuple[int, int], groups: int) -> torch.Tensor:
+def _conv_same(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> torch.Tensor:
     # one call to a tracer that steps inside: the padding needs the map's size as plain integers
     top, bottom = _same(x.shape[-2], weight.shape[-2], stride[0], dilation[0])
     left, right = _same(x.shape[-1], weight.shape[-1], stride[1], dilation[1])
@@ -48,13 +55,17 @@ ConvMaker = Callable[..., nn.Conv2d]
 """Makes a bias-free convolution: (in_channels, out_channels, kernel, stride, groups)."""
 
 
-def conv_symmetric(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+def conv_symmetric(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
     """A bias-free convolution padded alike on both sides, as torch's networks are."""
     return nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
 
 
-def conv_tensorflow(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A bias-free convolution padded as TensorFlow does; a 1x1 one needs no padding and stays a stock layer."""
+def conv_tensorflow(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    """A bias-free convolution padded as TensorFlow does; a 1x1 one needs no padding and stays stock."""
     layer = nn.Conv2d if kernel == 1 else Conv2dSame
     return layer(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
 
@@ -64,12 +75,14 @@ PADDINGS: dict[str, ConvMaker] = {"symmetric": conv_symmetric, "same": conv_tens
 
 
 def make_divisible(channels: float, divisor: int = 8) -> int:
-    """Round a scaled channel count to a multiple of `divisor`, never more than a tenth below what was asked."""
+    """Round a scaled channel count to a multiple of `divisor`, never over a tenth below what was asked."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
-def conv_norm_act(conv: nn.Conv2d, eps: float = 1e-5, act: Callable[[], nn.Module] | None = None) -> nn.Sequential:
+def conv_norm_act(
+    conv: nn.Conv2d, eps: float = 1e-5, act: Callable[[], nn.Module] | None = None
+) -> nn.Sequential:
     """conv -> batch norm -> activation (left out when `act` is None); keys 0, 1."""
     layers: list[nn.Module] = [conv, nn.BatchNorm2d(conv.out_channels, eps=eps)]
     return nn.Sequential(*layers, *([act()] if act is not None else []))
@@ -81,15 +94,26 @@ class InvertedResidual(nn.Module):
     x (n i h w) -> y (n o h/stride w/stride). Key names are torchvision's: conv.0.0, conv.1.0, conv.2, conv.3.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, expand: int, kernel: int = 3,
-                 conv: ConvMaker = conv_symmetric, eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        expand: int,
+        kernel: int = 3,
+        conv: ConvMaker = conv_symmetric,
+        eps: float = 1e-5,
+    ) -> None:
         super().__init__()
         hidden = in_channels * expand
         stages: list[nn.Module] = []
         if expand != 1:
             stages.append(conv_norm_act(conv(in_channels, hidden, 1), eps, nn.ReLU6))
-        stages += [conv_norm_act(conv(hidden, hidden, kernel, stride, hidden), eps, nn.ReLU6),
-                   conv(hidden, out_channels, 1), nn.BatchNorm2d(out_channels, eps=eps)]
+        stages += [
+            conv_norm_act(conv(hidden, hidden, kernel, stride, hidden), eps, nn.ReLU6),
+            conv(hidden, out_channels, 1),
+            nn.BatchNorm2d(out_channels, eps=eps),
+        ]
         self.conv = nn.Sequential(*stages)
         self.residual = stride == 1 and in_channels == out_channels
 
@@ -98,7 +122,7 @@ class InvertedResidual(nn.Module):
 
 
 def initialise(model: nn.Module) -> nn.Module:
-    """He-normal convolutions, unit norms, small normal linears: the start the field trains its networks from."""
+    """He-normal convolutions, unit norms, small normal linears: where the field starts training."""
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

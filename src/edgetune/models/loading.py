@@ -1,4 +1,4 @@
-"""Weights from a file into a network: safetensors first, pickles only when trusted, and never a silent mismatch."""
+"""Weights from a file into a network: pickles only when trusted, and never a silent mismatch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ State = dict[str, torch.Tensor]
 class LoadReport(Record):
     """What went from a file into a network.
 
-    `head` is the classifier's name; `head_loaded` is False when the file's has another class count (`file_classes`)
-    or none at all, and then the network's own stays. `missing` and `unexpected` are empty unless `allow_partial`.
+    `head` is the classifier's name; `head_loaded` is False when the file's has another class count
+    (`file_classes`) or none at all, and then the network's own stays. `missing` and `unexpected` are empty
+    unless `allow_partial`.
     """
 
     path: str
@@ -34,36 +35,46 @@ class LoadReport(Record):
     unexpected: tuple[str, ...] = ()
 
 
-def load_weights(model: nn.Module, path: str | Path, trust_pickle: bool = False,
-                 allow_partial: bool = False) -> LoadReport:
+def load_weights(
+    model: nn.Module, path: str | Path, trust_pickle: bool = False, allow_partial: bool = False
+) -> LoadReport:
     """Load a safetensors file (or, trusted, a pickle read with weights_only) into `model`, in place.
 
-    A head with another class count is left out, and so is one that the file lacks; both are reported. Prefixes such as
-    `module.` are taken off. With `allow_partial`, other keys may be missing or left over as well.
-    Raises WeightsError saying which keys do not fit, and how many; the model is then unchanged.
+    A head with another class count is left out, and so is one that the file lacks; both are reported.
+    Prefixes such as `module.` are taken off. With `allow_partial`, other keys may be missing or left over as
+    well. Raises WeightsError saying which keys do not fit, and how many; the model is then unchanged.
     """
-    state = _strip_prefix(_read(Path(path), trust_pickle))
+    own = model.state_dict()
+    state = _strip_prefix(_read(Path(path), trust_pickle), own)
     translate = getattr(model, "translate_state", None)
     if translate is not None:
         state = _translated(translate, state, path)
-    own = model.state_dict()
     head = _head(model)
     head_keys = {key for key in own if head and key.startswith(f"{head}.")}
     state, head_loaded, file_classes = _without_unfit_head(state, own, head_keys)
     misshapen = [key for key in state if key in own and state[key].shape != own[key].shape]
     if misshapen:
         key = misshapen[0]
-        raise WeightsError(f"'{path}' does not fit: {_some(misshapen)} of another shape "
-                           f"({key}: file {tuple(state[key].shape)}, network {tuple(own[key].shape)}); "
-                           "choose the network and width that the file was made from")
+        raise WeightsError(
+            f"'{path}' does not fit: {_some(misshapen)} of another shape "
+            f"({key}: file {tuple(state[key].shape)}, network {tuple(own[key].shape)}); "
+            "choose the network and width that the file was made from"
+        )
     optional = head_keys | {key for key in own if key.endswith("num_batches_tracked")}
     missing = [key for key in own if key not in state and key not in optional]
     unexpected = [key for key in state if key not in own]
     if (missing or unexpected) and (not allow_partial or len(missing) == len(own.keys() - optional)):
         raise WeightsError(_complaint(path, missing, unexpected, len(own)))
     model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
-    return LoadReport(path=str(path), loaded=len(state) - len(unexpected), head=head, head_loaded=head_loaded,
-                      file_classes=file_classes, missing=tuple(missing), unexpected=tuple(unexpected))
+    return LoadReport(
+        path=str(path),
+        loaded=len(state) - len(unexpected),
+        head=head,
+        head_loaded=head_loaded,
+        file_classes=file_classes,
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+    )
 
 
 def _head(model: nn.Module) -> str | None:
@@ -74,21 +85,25 @@ def _head(model: nn.Module) -> str | None:
 
 
 def _without_unfit_head(state: State, own: State, head_keys: set[str]) -> tuple[State, bool, int | None]:
+    """Take out a head that has other classes or is incomplete; say whether it stays, and its class count."""
     weight = next((key for key in head_keys if key.endswith("weight")), None)
     if weight is None or weight not in state:
         return state, False, None
-    classes = int(state[weight].shape[0])
     theirs, ours = state[weight].shape, own[weight].shape
-    if theirs[0] == ours[0] or theirs[1:] != ours[1:]:
-        return state, True, classes
-    return {key: value for key, value in state.items() if key not in head_keys}, False, classes
+    other_classes = theirs[0] != ours[0] and theirs[1:] == ours[1:]
+    if other_classes or not head_keys <= state.keys():
+        return {key: value for key, value in state.items() if key not in head_keys}, False, int(theirs[0])
+    return state, True, int(theirs[0])
 
 
 def _complaint(path: str | Path, missing: list[str], unexpected: list[str], total: int) -> str:
     parts = [f"{_some(missing)} missing"] if missing else []
     parts += [f"{_some(unexpected)} unknown to the network"] if unexpected else []
-    way_out = ("choose the network that the file was made from" if len(missing) > total // 2
-               else "load what there is with --allow-partial, or choose the network that the file was made from")
+    way_out = (
+        "choose the network that the file was made from"
+        if len(missing) > total // 2
+        else "load what there is with --allow-partial, or choose the network that the file was made from"
+    )
     return f"'{path}' does not fit: {' and '.join(parts)}; {way_out}"
 
 
@@ -97,10 +112,11 @@ def _some(keys: list[str]) -> str:
     return f"{len(keys)} {'key' if len(keys) == 1 else 'keys'} ({shown})"
 
 
-def _strip_prefix(state: State) -> State:
+def _strip_prefix(state: State, own: State) -> State:
     """Wrappers put one prefix before every key; DistributedDataParallel and torch.compile do."""
-    for prefix in ("module.", "_orig_mod.", "model."):
-        if state and all(key.startswith(prefix) for key in state):
+    for prefix in ("_orig_mod.", "module.", "_orig_mod.", "model."):
+        wrapped = all(key.startswith(prefix) for key in state)
+        if wrapped and not any(key.startswith(prefix) for key in own):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
@@ -109,8 +125,10 @@ def _translated(translate: Any, state: State, path: str | Path) -> State:
     try:
         return translate(state)
     except KeyError as failure:
-        raise WeightsError(f"'{path}' does not fit: the key {failure} is missing; choose the network that the file "
-                           "was made from") from failure
+        raise WeightsError(
+            f"'{path}' does not fit: the key {failure} is missing; choose the network that the file "
+            "was made from"
+        ) from failure
 
 
 def _read(path: Path, trust_pickle: bool) -> State:
@@ -123,24 +141,30 @@ def _read(path: Path, trust_pickle: bool) -> State:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as failure:
-        raise WeightsError(f"'{path}' is not a whole safetensors file ({failure}): fetch or save it again") from failure
+        raise WeightsError(
+            f"'{path}' is not a whole safetensors file ({failure}): fetch or save it again"
+        ) from failure
 
 
 def _is_pickle(start: bytes) -> bool:
-    """torch.save writes a zip archive, or a bare pickle in its old form; a safetensors file has "{" at byte 8."""
+    """torch.save writes a zip, or a bare pickle in its old form; safetensors have "{" at byte 8."""
     return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:9] != b"{")
 
 
 def _read_pickle(path: Path, trusted: bool) -> State:
     if not trusted:
-        raise WeightsError(f"'{path}' is a pickle, which can run code when opened: convert it to safetensors, or add "
-                           "--trust-pickle if you trust where it comes from")
+        raise WeightsError(
+            f"'{path}' is a pickle, which can run code when opened: convert it to safetensors, or add "
+            "--trust-pickle if you trust where it comes from"
+        )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # by its name, torch would take *.safetensors for what it is not
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as failure:  # unpickling damaged bytes raises nearly anything
         reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
-        raise WeightsError(f"'{path}' cannot be read as weights alone ({reason}): "
-                           "save its state_dict() and nothing else") from failure
+        raise WeightsError(
+            f"'{path}' cannot be read as weights alone ({reason}): save its state_dict() and nothing else"
+        ) from failure
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -1,7 +1,8 @@
 """MobileNetV1 (Howard et al., 2017): thirteen depthwise-separable layers, SAME padding, batch-norm eps 1e-3.
 
-Keys are conv1, bn1, blocks.1 ... blocks.13 with dw, dw_bn, pw, pw_bn, and classifier. Files with Keras names, as MLPerf
-Tiny publishes them, are read too: `translate_state` renames them and folds their convolution biases into the norms.
+Keys are conv1, bn1, blocks.1 ... blocks.13 with dw, dw_bn, pw, pw_bn, and classifier. Files with Keras names,
+as MLPerf Tiny publishes them, are read too: `translate_state` renames them and folds their convolution biases
+into the norms.
 """
 
 from __future__ import annotations
@@ -16,10 +17,18 @@ from edgetune.models.layers import conv_tensorflow, initialise
 _PERSON = InputSpec(size=(96, 96), resize="stretch", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 CARDS = (
-    ModelCard(name="mobilenet_v1", description="MobileNetV1: depthwise-separable layers, 4.2 M parameters at width 1",
-              input=TENSORFLOW),
-    ModelCard(name="mobilenet_v1_vww", classes=2, input=_PERSON, options={"width": 0.25, "activation": "relu"},
-              description="MLPerf Tiny's person detector: MobileNetV1 at width 0.25 for 96 px photos"),
+    ModelCard(
+        name="mobilenet_v1",
+        description="MobileNetV1: depthwise-separable layers, 4.2 M parameters at width 1",
+        input=TENSORFLOW,
+    ),
+    ModelCard(
+        name="mobilenet_v1_vww",
+        classes=2,
+        input=_PERSON,
+        options={"width": 0.25, "activation": "relu"},
+        description="MLPerf Tiny's person detector: MobileNetV1 at width 0.25 for 96 px photos",
+    ),
 )
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6}
@@ -29,7 +38,7 @@ LAYERS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),
 
 
 class Separable(nn.Module):
-    """Depthwise 3x3 -> norm -> activation -> pointwise 1x1 -> norm -> activation: x (n i h w) -> y (n o p q)."""
+    """Depthwise 3x3, norm, activation, pointwise 1x1, norm, activation: x (n i h w) -> y (n o h/s w/s)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, activation: type[nn.Module]) -> None:
         super().__init__()
@@ -71,7 +80,10 @@ class MobileNetV1(nn.Module):
             return state
         names: list[tuple[str, str]] = [("conv1", "bn1")]
         for index in range(1, len(LAYERS) + 1):
-            names += [(f"blocks.{index}.dw", f"blocks.{index}.dw_bn"), (f"blocks.{index}.pw", f"blocks.{index}.pw_bn")]
+            names += [
+                (f"blocks.{index}.dw", f"blocks.{index}.dw_bn"),
+                (f"blocks.{index}.pw", f"blocks.{index}.pw_bn"),
+            ]
         out = {"classifier.weight": state["dense.kernel"], "classifier.bias": state["dense.bias"]}
         for index, (conv, norm) in enumerate(names):
             kind, number = ("conv2d", index // 2) if index % 2 == 0 else ("depthwise_conv2d", index // 2)
@@ -83,6 +95,8 @@ class MobileNetV1(nn.Module):
         return out
 
 
-def build(num_classes: int, *, width: float = 1.0, activation: str = "relu6", dropout: float = 0.0) -> nn.Module:
+def build(
+    num_classes: int, *, width: float = 1.0, activation: str = "relu6", dropout: float = 0.0
+) -> nn.Module:
     """A MobileNetV1; `activation` is "relu6" or "relu"."""
     return initialise(MobileNetV1(num_classes, width, ACTIVATIONS[activation], dropout))

@@ -1,7 +1,8 @@
 """MobileNetV2 (Sandler et al., CVPR 2018), key names as in torchvision.
 
-`mobilenet_v2` has torch's symmetric padding; `mobilenet_v2_tf` is the same network as TensorFlow trained it: SAME
-padding, batch-norm eps 1e-3, a background class and inputs in [-1, 1]. Both take a width suffix: `mobilenet_v2_0.35`.
+`mobilenet_v2` has torch's symmetric padding; `mobilenet_v2_tf` is the same network as TensorFlow trained it:
+SAME padding, batch-norm eps 1e-3, a background class and inputs in [-1, 1]. Both take a width suffix:
+`mobilenet_v2_0.35`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,28 @@ from edgetune.models.card import TENSORFLOW, ModelCard
 from edgetune.models.layers import PADDINGS, InvertedResidual, conv_norm_act, initialise, make_divisible
 
 CARDS = (
-    ModelCard(name="mobilenet_v2", description="MobileNetV2: inverted residuals, 3.5 M parameters at width 1"),
-    ModelCard(name="mobilenet_v2_tf", description="MobileNetV2 as TensorFlow trained it: SAME padding, 1001 classes",
-              classes=1001, input=TENSORFLOW, options={"padding": "same", "norm_eps": 1e-3}),
+    ModelCard(
+        name="mobilenet_v2", description="MobileNetV2: inverted residuals, 3.5 M parameters at width 1"
+    ),
+    ModelCard(
+        name="mobilenet_v2_tf",
+        description="MobileNetV2 as TensorFlow trained it: SAME padding, 1001 classes",
+        classes=1001,
+        input=TENSORFLOW,
+        options={"padding": "same", "norm_eps": 1e-3},
+    ),
 )
 
 # expansion, output channels, repeats, stride of the first
-STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 
 
 class MobileNetV2(nn.Module):
@@ -45,7 +61,13 @@ class MobileNetV2(nn.Module):
         return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
 
 
-def build(num_classes: int, *, width: float = 1.0, padding: str = "symmetric", norm_eps: float = 1e-5,
-          dropout: float = 0.2) -> nn.Module:
+def build(
+    num_classes: int,
+    *,
+    width: float = 1.0,
+    padding: str = "symmetric",
+    norm_eps: float = 1e-5,
+    dropout: float = 0.2,
+) -> nn.Module:
     """A MobileNetV2; `padding` is "symmetric" or "same"."""
     return initialise(MobileNetV2(num_classes, width, padding, norm_eps, dropout))

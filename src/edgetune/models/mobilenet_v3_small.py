@@ -1,4 +1,4 @@
-"""MobileNetV3-Small (Howard et al., ICCV 2019): squeeze-excite and hard-swish; key names as in torchvision."""
+"""MobileNetV3-Small (Howard et al., ICCV 2019): squeeze-excite and hard-swish; torchvision's key names."""
 
 from __future__ import annotations
 
@@ -8,14 +8,27 @@ from torch import nn
 from edgetune.models.card import ModelCard
 from edgetune.models.layers import conv_norm_act, conv_symmetric, initialise, make_divisible
 
-CARDS = (ModelCard(name="mobilenet_v3_small",
-                   description="MobileNetV3-Small: squeeze-excite and hard-swish, 2.5 M parameters at width 1"),)
+CARDS = (
+    ModelCard(
+        name="mobilenet_v3_small",
+        description="MobileNetV3-Small: squeeze-excite and hard-swish, 2.5 M parameters at width 1",
+    ),
+)
 
 # kernel, hidden channels, output channels, squeeze-excite, hard-swish (else ReLU), stride
-BLOCKS = ((3, 16, 16, True, False, 2), (3, 72, 24, False, False, 2), (3, 88, 24, False, False, 1),
-          (5, 96, 40, True, True, 2), (5, 240, 40, True, True, 1), (5, 240, 40, True, True, 1),
-          (5, 120, 48, True, True, 1), (5, 144, 48, True, True, 1), (5, 288, 96, True, True, 2),
-          (5, 576, 96, True, True, 1), (5, 576, 96, True, True, 1))
+BLOCKS = (
+    (3, 16, 16, True, False, 2),
+    (3, 72, 24, False, False, 2),
+    (3, 88, 24, False, False, 1),
+    (5, 96, 40, True, True, 2),
+    (5, 240, 40, True, True, 1),
+    (5, 240, 40, True, True, 1),
+    (5, 120, 48, True, True, 1),
+    (5, 144, 48, True, True, 1),
+    (5, 288, 96, True, True, 2),
+    (5, 576, 96, True, True, 1),
+    (5, 576, 96, True, True, 1),
+)
 
 NORM_EPS = 1e-3
 
@@ -38,8 +51,16 @@ class SqueezeExcite(nn.Module):
 class Block(nn.Module):
     """Expansion, depthwise, optional squeeze-excite, projection; residual where the shapes agree."""
 
-    def __init__(self, in_channels: int, hidden: int, out_channels: int, kernel: int, stride: int, excite: bool,
-                 act: type[nn.Module]) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        hidden: int,
+        out_channels: int,
+        kernel: int,
+        stride: int,
+        excite: bool,
+        act: type[nn.Module],
+    ) -> None:
         super().__init__()
         stages: list[nn.Module] = []
         if hidden != in_channels:
@@ -71,8 +92,9 @@ class MobileNetV3Small(nn.Module):
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         last = make_divisible(1024 * width)
-        self.classifier = nn.Sequential(nn.Linear(6 * channels, last), nn.Hardswish(), nn.Dropout(dropout),
-                                        nn.Linear(last, num_classes))
+        self.classifier = nn.Sequential(
+            nn.Linear(6 * channels, last), nn.Hardswish(), nn.Dropout(dropout), nn.Linear(last, num_classes)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))

@@ -1,4 +1,4 @@
-"""Networks found by name: every file of this folder that has `CARDS` and `build`, the zoos, and a user's own code."""
+"""Networks by name: every file of this folder that has `CARDS` and `build`, the zoos, a user's own code."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def _found() -> dict[str, tuple[ModelCard, Builder]]:
 
 
 def list_models() -> list[ModelCard]:
-    """The cards of all built-in networks, by name; those whose `build` takes a width also answer to NAME_0.35."""
+    """The cards of all built-in networks; those whose `build` takes a width also answer to NAME_0.35."""
     return [card for card, _ in _found().values()]
 
 
 def model_card(name: str) -> ModelCard:
-    """The card of a network: what it is and which pictures it expects. Raises ModelError for an unknown name."""
+    """What a network is and which pictures it expects. Raises ModelError for an unknown name."""
     return zoo_card(name) if ":" in name else _resolve(name)[0]
 
 
@@ -47,8 +47,8 @@ def load_model(name: str, num_classes: int | None = None, **options: Any) -> nn.
     """Build a network, freshly initialised, in eval mode.
 
     `name` is a built-in name (`mobilenet_v2`, `mobilenet_v2_0.35`), `timm:NAME`, `torchvision:NAME`, or
-    `package.module:callable` for one's own; `num_classes` is the card's count unless given. `options` go to the
-    builder. Raises ModelError for an unknown name, with the nearest ones, or options it does not take.
+    `package.module:callable` for one's own; `num_classes` is the card's count unless given. `options` go to
+    the builder. Raises ModelError for an unknown name, with the nearest ones, or options it does not take.
     """
     if ":" in name:
         return _from_zoo(name, num_classes, options)
@@ -56,11 +56,15 @@ def load_model(name: str, num_classes: int | None = None, **options: Any) -> nn.
     chosen = {**card.options, **options}
     taken = set(inspect.signature(build).parameters) - {"num_classes"}
     if unknown := sorted(set(chosen) - taken):
-        raise ModelError(f"model '{name}' has no option '{unknown[0]}': it takes {', '.join(sorted(taken)) or 'none'}")
+        raise ModelError(
+            f"model '{name}' has no option '{unknown[0]}': it takes {', '.join(sorted(taken)) or 'none'}"
+        )
     try:
         return build(card.classes if num_classes is None else num_classes, **chosen).eval()
     except (KeyError, TypeError, ValueError) as failure:
-        raise ModelError(f"model '{name}' cannot be built with {chosen} ({failure}): correct the options") from failure
+        raise ModelError(
+            f"model '{name}' cannot be built with {chosen} ({failure}): correct the options"
+        ) from failure
 
 
 def shipped_weights(name: str) -> Path | None:
@@ -84,8 +88,10 @@ def _resolve(name: str) -> tuple[ModelCard, Builder]:
         raise ModelError(f"model '{match[1]}' has no width to scale: write '{match[1]}' alone")
     near = difflib.get_close_matches(name, found, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(found)}"
-    raise ModelError(f"model '{name}' is unknown: {hint} (timm:NAME, torchvision:NAME and package.module:callable "
-                     "work too)")
+    raise ModelError(
+        f"model '{name}' is unknown: {hint} (timm:NAME, torchvision:NAME and package.module:callable "
+        "work too)"
+    )
 
 
 def _from_zoo(name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
@@ -96,8 +102,10 @@ def _from_zoo(name: str, num_classes: int | None, options: dict[str, Any]) -> nn
     except EdgetuneError:
         raise
     except Exception as failure:  # whatever a foreign builder raises, a person gets one sentence
-        raise ModelError(f"model '{name}' cannot be built ({type(failure).__name__}: {failure}): "
-                         "check its name and options") from failure
+        raise ModelError(
+            f"model '{name}' cannot be built ({type(failure).__name__}: {failure}): "
+            "check its name and options"
+        ) from failure
     if not isinstance(model, nn.Module):
         raise ModelError(f"'{name}' gave a {type(model).__name__}: it must return a torch.nn.Module")
     return model.eval()

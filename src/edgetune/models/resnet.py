@@ -11,10 +11,16 @@ from edgetune.models.card import ModelCard
 from edgetune.models.layers import conv_norm_act, conv_symmetric, initialise
 
 CARDS = (
-    ModelCard(name="resnet18", description="ResNet-18: basic residual blocks, 11.7 M parameters",
-              options={"blocks": (2, 2, 2, 2)}),
-    ModelCard(name="resnet34", description="ResNet-34: basic residual blocks, 21.8 M parameters",
-              options={"blocks": (3, 4, 6, 3)}),
+    ModelCard(
+        name="resnet18",
+        description="ResNet-18: basic residual blocks, 11.7 M parameters",
+        options={"blocks": (2, 2, 2, 2)},
+    ),
+    ModelCard(
+        name="resnet34",
+        description="ResNet-34: basic residual blocks, 21.8 M parameters",
+        options={"blocks": (3, 4, 6, 3)},
+    ),
 )
 
 
@@ -30,7 +36,9 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.relu2 = nn.ReLU()
         same = stride == 1 and in_channels == out_channels
-        self.downsample = None if same else conv_norm_act(conv_symmetric(in_channels, out_channels, 1, stride))
+        self.downsample = (
+            None if same else conv_norm_act(conv_symmetric(in_channels, out_channels, 1, stride))
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
@@ -48,10 +56,12 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         for stage, repeats in enumerate(blocks):
-            out = int(64 * width) * 2 ** stage
+            out = int(64 * width) * 2**stage
             first = BasicBlock(channels, out, 1 if stage == 0 else 2)
-            self.add_module(f"layer{stage + 1}", nn.Sequential(first, *(BasicBlock(out, out, 1)
-                                                                        for _ in range(repeats - 1))))
+            self.add_module(
+                f"layer{stage + 1}",
+                nn.Sequential(first, *(BasicBlock(out, out, 1) for _ in range(repeats - 1))),
+            )
             channels = out
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)

@@ -9,12 +9,18 @@ from torch import nn
 from edgetune.models.card import IMAGENET, ModelCard
 from edgetune.models.layers import conv_symmetric, initialise
 
-CARDS = (ModelCard(name="resnet20", description="ResNet-20 for 32 px pictures: 0.27 M parameters", classes=10,
-                   input=IMAGENET.model_copy(update={"size": (32, 32), "crop_fraction": 1.0})),)
+CARDS = (
+    ModelCard(
+        name="resnet20",
+        description="ResNet-20 for 32 px pictures: 0.27 M parameters",
+        classes=10,
+        input=IMAGENET.model_copy(update={"size": (32, 32), "crop_fraction": 1.0}),
+    ),
+)
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut: where the map shrinks, every second pixel, with zeros for new channels."""
+    """Two 3x3 convolutions and a shortcut; where the map shrinks, every second pixel and zero channels."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -31,7 +37,9 @@ class Block(nn.Module):
         y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
         if self.stride != 1:
             before = self.new_channels // 2
-            x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, before, self.new_channels - before))
+            x = F.pad(
+                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before)
+            )
         return self.relu2(y + x)
 
 

@@ -1,7 +1,7 @@
 """ResNet-8 of the MLPerf Tiny benchmark (Banbury et al., 2021): SAME padding, eps 1e-3, inputs 0..255.
 
-Published files carry Keras names and a bias on every convolution; `translate_state` renames them and folds the biases
-into the norms that follow. The 1x1 shortcuts have no norm and keep theirs.
+Published files carry Keras names and a bias on every convolution; `translate_state` renames them and folds
+the biases into the norms that follow. The 1x1 shortcuts have no norm and keep theirs.
 """
 
 from __future__ import annotations
@@ -13,11 +13,18 @@ from edgetune.models.card import InputSpec, ModelCard
 from edgetune.models.keras import fold_conv_bias, is_keras, numbered, rename_norm
 from edgetune.models.layers import conv_tensorflow, initialise
 
-_INPUT = InputSpec(size=(32, 32), crop_fraction=1.0, value_range=(0.0, 255.0), mean=(0.0, 0.0, 0.0),
-                   std=(1.0, 1.0, 1.0))
+_INPUT = InputSpec(
+    size=(32, 32), crop_fraction=1.0, value_range=(0.0, 255.0), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+)
 
-CARDS = (ModelCard(name="resnet8", description="MLPerf Tiny's ResNet-8 for 32 px pictures: 78 k parameters",
-                   classes=10, input=_INPUT),)
+CARDS = (
+    ModelCard(
+        name="resnet8",
+        description="MLPerf Tiny's ResNet-8 for 32 px pictures: 78 k parameters",
+        classes=10,
+        input=_INPUT,
+    ),
+)
 
 
 class Block(nn.Module):
@@ -59,8 +66,17 @@ class ResNet8(nn.Module):
         if not is_keras(state):
             return state
         # Keras numbers the convolutions in the order they were made: the shortcuts come third in their blocks
-        convs = ["conv1", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2", "blocks.1.shortcut",
-                 "blocks.2.conv1", "blocks.2.conv2", "blocks.2.shortcut"]
+        convs = [
+            "conv1",
+            "blocks.0.conv1",
+            "blocks.0.conv2",
+            "blocks.1.conv1",
+            "blocks.1.conv2",
+            "blocks.1.shortcut",
+            "blocks.2.conv1",
+            "blocks.2.conv2",
+            "blocks.2.shortcut",
+        ]
         out = {"fc.weight": state["dense.kernel"], "fc.bias": state["dense.bias"]}
         norms = 0
         for index, conv in enumerate(convs):

@@ -1,4 +1,4 @@
-"""Networks that others keep: timm's and torchvision's zoos, and a user's own callable. Imported only when named."""
+"""Networks that others keep: timm's and torchvision's zoos, a user's own callable; imported when named."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ def _zoo_module(name: str) -> ModuleType:
     try:
         return import_torchvision_aware(name)
     except ImportError as failure:
-        raise ModelError(f"'{name.split('.')[0]}' cannot be imported ({failure}): "
-                         "install it with pip install 'edgetune[zoo]'") from failure
+        raise ModelError(
+            f"'{name.split('.')[0]}' cannot be imported ({failure}): "
+            "install it with pip install 'edgetune[zoo]'"
+        ) from failure
 
 
 def _known(zoo: str, name: str, names: Iterable[str]) -> None:
     known = list(names)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        raise ModelError(f"{zoo} has no model '{name}': "
-                         + (f"did you mean {' or '.join(near)}?" if near else f"see {zoo}'s own list of models"))
+        raise ModelError(
+            f"{zoo} has no model '{name}': "
+            + (f"did you mean {' or '.join(near)}?" if near else f"see {zoo}'s own list of models")
+        )
 
 
 def from_timm(name: str, num_classes: int | None, **options: Any) -> nn.Module:
@@ -47,7 +51,10 @@ def from_torchvision(name: str, num_classes: int | None, **options: Any) -> nn.M
     models = _zoo_module("torchvision.models")
     _known("torchvision", name, models.list_models(module=models))
     given: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    if "init_weights" in inspect.signature(models.get_model_builder(name)).parameters or name in _WARNS_WITHOUT_INIT:
+    if (
+        "init_weights" in inspect.signature(models.get_model_builder(name)).parameters
+        or name in _WARNS_WITHOUT_INIT
+    ):
         given["init_weights"] = True
     return models.get_model(name, **{"weights": None, **given, **options})
 
@@ -68,7 +75,9 @@ def own_callable(module_name: str, attribute: str) -> Callable[..., nn.Module]:
             raise ModelError(f"module '{module_name}' has no '{attribute}': {hint}")
         target = getattr(target, part)
     if not callable(target):
-        raise ModelError(f"'{module_name}:{attribute}' is not callable: name a function or class that returns a network")
+        raise ModelError(
+            f"'{module_name}:{attribute}' is not callable: name a function or class that returns a network"
+        )
 
     def build(_: str, num_classes: int | None, **options: Any) -> nn.Module:
         given = {"num_classes": num_classes} if num_classes is not None and _takes_classes(target) else {}
@@ -93,8 +102,10 @@ def _import_own(module_name: str, name: str) -> Any:
     try:
         return importlib.import_module(module_name)
     except Exception as failure:  # importing runs foreign code, which may raise anything
-        raise ModelError(f"'{name}' cannot be imported ({type(failure).__name__}: {failure}): give "
-                         "package.module:callable as Python would import it from here") from failure
+        raise ModelError(
+            f"'{name}' cannot be imported ({type(failure).__name__}: {failure}): give "
+            "package.module:callable as Python would import it from here"
+        ) from failure
     finally:
         if added and here in sys.path:
             sys.path.remove(here)
@@ -104,7 +115,8 @@ ZOOS: dict[str, Callable[..., nn.Module]] = {"timm": from_timm, "torchvision": f
 
 
 def zoo_card(name: str) -> ModelCard:
-    """A card for a network named with a colon; the pictures are ImageNet's unless the zoo or callable says more.
+    """A card for a network named with a colon; the pictures are ImageNet's unless the zoo or callable says
+    more.
 
     One's own callable may carry an attribute `card`, a ModelCard.
     """
@@ -128,8 +140,13 @@ def _timm_card(name: str, rest: str) -> ModelCard:
     if config is None:
         return ModelCard(name=name, description="a network of timm's zoo")
     channels, height, width = config.input_size
-    spec = InputSpec(size=(height, width), crop_fraction=config.crop_pct, channels=channels,
-                     mean=tuple(config.mean), std=tuple(config.std))
+    spec = InputSpec(
+        size=(height, width),
+        crop_fraction=config.crop_pct,
+        channels=channels,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+    )
     return ModelCard(name=name, description="a network of timm's zoo", classes=config.num_classes, input=spec)
 
 
