@@ -1,0 +1,202 @@
+"""The training loop: one network through its epochs, able to stop anywhere and go on exactly where it was.
+
+Order, views and dropout of a step depend on (seed, epoch, index) and (seed, step) alone, never on what came
+before, so the weights, the momentum and the step number are all there is to remember.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import nn
+
+from edgetune.data import Dataset, batches, generator_for
+from edgetune.errors import DivergedError, RunError
+from edgetune.evaluate import evaluate
+from edgetune.record import Record
+from edgetune.run import Epoch, Settings, device_of, fill, read_tensors, write_tensors
+
+SAVE_EVERY_S = 60.0
+"""Longest time in seconds that a kill can undo within an epoch."""
+
+
+class Progress(Protocol):
+    """Whoever wants to watch: `start` at each training (planned, then plain), `advance` after a step, `epoch`
+    after each pass. Raising KeyboardInterrupt from any of them stops as Ctrl-C does."""
+
+    def start(self, title: str, total: int, done: int) -> None: ...
+    def advance(self) -> None: ...
+    def epoch(self, number: int, row: Epoch) -> None: ...
+
+
+class Silent:
+    """A `Progress` that nobody watches."""
+
+    def start(self, title: str, total: int, done: int) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def epoch(self, number: int, row: Epoch) -> None:
+        pass
+
+
+def rate_at(step: int, total: int, settings: Settings) -> float:
+    """The learning rate of a step (0 .. total-1): up in a straight line, then down to 0 as half a cosine."""
+    rising = round(settings.warm_up * total)
+    if step < rising:
+        return settings.learning_rate * (step + 1) / rising
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
+
+
+def accumulate(model: nn.Module, x: torch.Tensor, y: torch.Tensor, micro_batch: int) -> float:
+    """Add the gradient of the mean cross-entropy of x (n c h w), y (n), `micro_batch` samples at a time.
+
+    Equal to the whole batch at once wherever samples don't see each other, as with frozen norms. Returns the
+    loss.
+    """
+    total = 0.0
+    for xs, ys in zip(x.split(micro_batch), y.split(micro_batch), strict=True):
+        loss = F.cross_entropy(model(xs), ys, reduction="sum") / len(x)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+class Position(Record):
+    """How far a training is: steps done, the epochs behind it, and sums over the steps of the present one."""
+
+    step: int = 0
+    epochs: tuple[Epoch, ...] = ()
+    loss: float = 0.0
+    ms: float = 0.0
+
+
+@dataclass
+class Leg:
+    """One training of one network, planned or plain; `saved` hears of every epoch and of Ctrl-C."""
+
+    model: nn.Module
+    data: Dataset
+    settings: Settings
+    micro_batch: int
+    checkpoint: Path
+    saved: Callable[[Position], None]
+    at: Position = field(default_factory=Position)
+    whole: bool = True  # False while weights, momentum and step number are not of one moment
+
+    def __post_init__(self) -> None:
+        self.learned = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        flat = [p for p in self.learned.values() if p.ndim <= 1]
+        deep = [p for p in self.learned.values() if p.ndim > 1]
+        decay = self.settings.weight_decay
+        groups = [{"params": deep, "weight_decay": decay}, {"params": flat, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.SGD(
+            [g for g in groups if g["params"]],
+            lr=self.settings.learning_rate,
+            momentum=self.settings.momentum,
+        )
+        self.per_epoch = -(-len(self.data.train) // self.settings.batch_size)
+        self.total = self.settings.epochs * self.per_epoch
+
+    def load(self) -> None:
+        """Take up weights, momentum and position from the checkpoint. Raises RunError when it is none."""
+        tensors, about = read_tensors(self.checkpoint)
+        prefix = "model/"
+        state = {
+            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+        }
+        fill(self.model, state, self.checkpoint)
+        try:
+            self.at = Position.model_validate_json(about)
+        except ValidationError as failure:
+            raise RunError(f"'{self.checkpoint}' is no checkpoint of edgetune: train anew") from failure
+        for name, parameter in self.learned.items():
+            if (kept := tensors.get(f"momentum/{name}")) is not None:
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(kept)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.learned.items():
+            buffer = self.optimizer.state[parameter].get("momentum_buffer")
+            if buffer is not None:
+                tensors[f"momentum/{name}"] = buffer
+        write_tensors(self.checkpoint, tensors, self.at.model_dump_json())
+
+    def run(self, title: str, progress: Progress) -> None:
+        """Train from where it is to the end. Ctrl-C saves first, a loss that is no number does not."""
+        progress.start(title, self.total, self.at.step)
+        try:
+            for epoch in range(len(self.at.epochs), self.settings.epochs):
+                self._steps(epoch, progress)
+                self._close(epoch, progress)
+        except KeyboardInterrupt:
+            if self.whole:  # else a step was cut in two, and the checkpoint before it stands
+                self.save()
+                self.saved(self.at)
+            raise
+
+    def _steps(self, epoch: int, progress: Progress) -> None:
+        last_save = time.monotonic()
+        for x, y in batches(
+            self.data.train,
+            self.settings.batch_size,
+            seed=self.settings.seed,
+            epoch=epoch,
+            settings=self.settings.augment,
+            start=self.at.step - epoch * self.per_epoch,
+        ):
+            began = time.perf_counter()
+            loss = self._step(x, y)
+            self.whole = False
+            self.optimizer.step()
+            self.at = Position(
+                step=self.at.step + 1,
+                epochs=self.at.epochs,
+                loss=self.at.loss + loss * len(y),
+                ms=self.at.ms + (time.perf_counter() - began) * 1e3,
+            )
+            self.whole = True
+            if time.monotonic() - last_save > SAVE_EVERY_S:
+                self.save()
+                last_save = time.monotonic()
+            progress.advance()
+
+    def _step(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        """The gradients of one batch, clipped; raises DivergedError before they can spoil the weights."""
+        device = device_of(self.model)
+        torch.manual_seed(generator_for("step", self.settings.seed, self.at.step).initial_seed())  # dropout
+        self.optimizer.zero_grad()
+        loss = accumulate(self.model, x.to(device), y.to(device), self.micro_batch)
+        norm = nn.utils.clip_grad_norm_(self.learned.values(), self.settings.clip_norm)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            where = f"step {self.at.step + 1} of {self.total}"
+            raise DivergedError(f"the loss or its gradient is not a number at {where}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate_at(self.at.step, self.total, self.settings)
+        return loss
+
+    def _close(self, epoch: int, progress: Progress) -> None:
+        score = evaluate(self.model, self.data.val, len(self.data.classes), self.settings.batch_size)
+        if not math.isfinite(score.loss):
+            raise DivergedError(f"the validation loss is not a number after epoch {epoch + 1}")
+        row = Epoch(
+            train_loss=self.at.loss / len(self.data.train),
+            val_loss=score.loss,
+            val_accuracy=score.accuracy,
+            ms=self.at.ms,
+        )
+        self.at = Position(step=self.at.step, epochs=(*self.at.epochs, row))
+        self.save()
+        self.saved(self.at)
+        progress.epoch(epoch + 1, row)

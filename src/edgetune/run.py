@@ -1,0 +1,244 @@
+"""Run: what happened in one training, and the folder with enough to predict, evaluate, resume and ship from.
+
+    run.json              the Run record; written last when a run starts, so where it is, the rest is too
+    plan.json             the Plan, as a person can read it
+    weights.safetensors   the whole state_dict, the last good one
+    *.checkpoint          all that going on needs, in one file, so that no two of its parts can disagree
+
+Every file is replaced whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors_torch
+from torch import nn
+
+from edgetune.contract import Plan
+from edgetune.data import Augment, Dataset, Preprocess, load_data
+from edgetune.errors import ModelError, RunError
+from edgetune.models import head_classes, load_model, replace_head
+from edgetune.record import Record, atomic_write
+
+RUN, PLAN, WEIGHTS = "run.json", "plan.json", "weights.safetensors"
+State = dict[str, torch.Tensor]
+
+
+class Interrupted(RunError):
+    """Training was stopped by Ctrl-C; what was reached is saved, and the message says how to go on."""
+
+
+class Settings(Record):
+    """How a network is trained: SGD with momentum, the rate rising over `warm_up` of all steps, then falling
+    to zero as a cosine; gradients longer than `clip_norm` are shortened; norms and biases don't decay."""
+
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=0.01, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    warm_up: float = Field(default=0.1, ge=0, lt=1)
+    clip_norm: float = Field(default=2.0, gt=0)
+    seed: int = 0
+    augment: Augment | None = None
+    baseline: bool = False
+
+
+class ModelRef(Record):
+    """How to build the network again: a name that `load_model` knows, its options; and its first weights."""
+
+    name: str
+    options: dict[str, Any] = {}
+    weights: str | None = None
+
+
+class DataRef(Record):
+    """Which pictures were used. `fingerprint` tells if they are still the same, `skipped` were unreadable."""
+
+    source: str
+    fingerprint: str
+    counts: dict[str, int]
+    val_fraction: float | None = None
+    limit: int | None = None
+    seed: int = 0
+    skip_bad_images: bool = False
+    skipped: tuple[str, ...] = ()
+
+
+class Epoch(Record):
+    """One pass over the training pictures: mean loss, validation loss and accuracy (0..1), its time."""
+
+    train_loss: float
+    val_loss: float
+    val_accuracy: float
+    ms: float
+
+
+class Plain(Record):
+    """The same training by plain full back-propagation, to compare; `accuracy` is None until it has ended."""
+
+    accuracy: float | None = None
+    diverged: bool = False
+    epochs: tuple[Epoch, ...] = ()
+
+
+class Run(Record):
+    """One training. `epochs` holds the curves, `versions` what it ran on, accuracies lie between 0 and 1."""
+
+    status: Literal["running", "interrupted", "diverged", "finished"]
+    started: str
+    model: ModelRef
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    data: DataRef
+    settings: Settings
+    plan_digest: str
+    versions: dict[str, str]
+    accuracy_before: float
+    accuracy_after: float | None = None
+    epochs: tuple[Epoch, ...] = ()
+    plain: Plain | None = None
+
+
+def versions() -> dict[str, str]:
+    """What numbers may depend on: the packages, the interpreter, the processor and the number of threads."""
+    packages = {name: metadata.version(name) for name in ("edgetune", "torch", "numpy", "pillow")}
+    return {
+        **packages,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def digest(plan: Plan) -> str:
+    """A short hash of what a plan says."""
+    return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()[:16]
+
+
+def fresh_folder(parent: str | Path, stem: str) -> Path:
+    """The first of PARENT/stem-1, PARENT/stem-2, ... that does not exist yet."""
+    return next(path for n in itertools.count(1) if not (path := Path(parent) / f"{stem}-{n}").exists())
+
+
+def write_tensors(path: Path, tensors: State, about: str = "") -> None:
+    """Write tensors, and a text about them, as one safetensors file. Raises RunError when it cannot."""
+    whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, safetensors_torch.save(whole, {"about": about}))
+
+
+def read_tensors(path: Path) -> tuple[State, str]:
+    """What `write_tensors` wrote. Raises RunError naming the file when it is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return tensors, (file.metadata() or {}).get("about", "")
+    except (SafetensorError, OSError, ValueError) as failure:
+        raise RunError(f"'{path}' is missing or damaged ({failure}): restore it, or train anew") from failure
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained network with what its use needs: preprocessing and class names travel with the weights."""
+
+    folder: Path
+    run: Run
+    plan: Plan
+    model: nn.Module
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return self.run.preprocess
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.run.classes
+
+
+def read_run(path: str | Path) -> Run:
+    """The record of a run folder alone. Raises RunError when the folder holds none, or a garbled one."""
+    folder = Path(path)
+    if not (folder / RUN).is_file():
+        raise RunError(f"'{path}' holds no run ({RUN} is missing): give a folder that `edgetune train` left")
+    return Run.load(folder / RUN)
+
+
+def load_run(path: str | Path, model: nn.Module | None = None) -> LoadedRun:
+    """A run folder with its network, in evaluation mode.
+
+    The network is built again by the name in run.json, unless `model` gives it, and then takes the weights.
+    Raises RunError when a file is missing, garbled or of another network, ModelError when it cannot be built.
+    """
+    folder, run = Path(path), read_run(path)
+    plan = Plan.load(folder / PLAN)
+    model = build(run) if model is None else model
+    fill(model, read_tensors(folder / WEIGHTS)[0], folder / WEIGHTS)
+    return LoadedRun(folder=folder, run=run, plan=plan, model=model.eval())
+
+
+def build(run: Run) -> nn.Module:
+    """The network of a run as it was built for training, before any weights."""
+    if not run.model.name:
+        raise RunError(
+            "the run does not say how its network is made: pass the network itself as `model`, "
+            "or train with `model_name`"
+        )
+    model = load_model(run.model.name, len(run.classes), **run.model.options)
+    try:
+        fits = head_classes(model) == len(run.classes)
+    except ModelError:
+        return model
+    if not fits:
+        replace_head(model, len(run.classes))
+    return model
+
+
+def fill(model: nn.Module, state: State, path: Path) -> None:
+    """Put a whole state_dict into `model`; raises RunError unless every key fits."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as failure:
+        reason = str(failure).strip().splitlines()[-1].strip()
+        raise RunError(
+            f"'{path}' does not fit the network of its run ({reason}): "
+            "build the network as it was when it was trained"
+        ) from failure
+
+
+def open_data(run: Run) -> Dataset:
+    """The pictures of a run again. Raises RunError when they have changed, DataError when they are gone."""
+    ref = run.data
+    data = load_data(
+        ref.source,
+        run.preprocess,
+        val_fraction=ref.val_fraction,
+        seed=ref.seed,
+        limit=ref.limit,
+        skip_bad_images=ref.skip_bad_images,
+    )
+    check_same(run, data)
+    return data
+
+
+def check_same(run: Run, data: Dataset) -> None:
+    """Refuse to go on with other pictures than a run began with."""
+    if data.fingerprint != run.data.fingerprint:
+        raise RunError(
+            f"the pictures of '{run.data.source}' are not those that the run began with: "
+            "put them back as they were, or train anew"
+        )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network's parameters live."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,282 @@
+"""model, data, Plan -> Run: train as planned, and by plain back-propagation if asked; leave a run folder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from edgetune.apply import Undo, apply
+from edgetune.contract import Plan
+from edgetune.data import Augment, Dataset
+from edgetune.errors import DivergedError, PlanError, RunError
+from edgetune.evaluate import evaluate
+from edgetune.loop import Leg, Position, Progress, Silent
+from edgetune.run import (
+    PLAN,
+    RUN,
+    WEIGHTS,
+    DataRef,
+    Interrupted,
+    ModelRef,
+    Plain,
+    Run,
+    Settings,
+    build,
+    check_same,
+    device_of,
+    digest,
+    fill,
+    open_data,
+    read_run,
+    read_tensors,
+    versions,
+    write_tensors,
+)
+
+PLANNED, PLAIN = "planned.checkpoint", "plain.checkpoint"
+
+OnFinish = Callable[[Path, Run], None]
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    plan: Plan,
+    *,
+    out: str | Path,
+    epochs: int = 10,
+    batch_size: int = 32,
+    learning_rate: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    warm_up: float = 0.1,
+    clip_norm: float = 2.0,
+    seed: int = 0,
+    augment: Augment | bool | None = True,
+    baseline: bool = False,
+    model_name: str = "",
+    model_options: Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    on_finish: OnFinish | None = None,
+) -> Run:
+    """Train `model` in place as `plan` says and leave a run folder at `out`.
+
+    `augment` is True for the data's own views, False or None for none; `baseline` also trains a copy by plain
+    full back-propagation, to compare. `model_name`, `model_options`, `weights` and `data_options` (what
+    `load_data` was given) are written down so that the run can be loaded and resumed by itself;
+    `on_finish(out, run)` is called at the end, to write reports.
+    Raises Interrupted after Ctrl-C, DivergedError when the loss is no number, PlanError or Refusal when the
+    plan does not fit, RunError when `out` cannot be used.
+    """
+    views = data.augment if augment is True else augment or None
+    settings = _settings(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        warm_up=warm_up,
+        clip_norm=clip_norm,
+        seed=seed,
+        augment=views,
+        baseline=baseline,
+    )
+    folder = Path(out)
+    if (folder / RUN).exists():
+        raise RunError(
+            f"'{out}' holds a run already: choose another folder with --out, or go on with --resume {out}"
+        )
+    if not plan.learned():
+        raise PlanError("the plan lets nothing learn: list at least the classifier in `learns`")
+    before = evaluate(model, data.val, len(data.classes), batch_size).accuracy
+    undo = apply(model, plan)
+    try:
+        run = Run(
+            status="running",
+            started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            model=ModelRef(
+                name=model_name,
+                options=dict(model_options or {}),
+                weights=None if weights is None else str(weights),
+            ),
+            data=DataRef(
+                source=data.source,
+                fingerprint=data.fingerprint,
+                counts=data.counts,
+                skipped=data.skipped,
+                **(data_options or {}),
+            ),
+            classes=data.classes,
+            preprocess=data.preprocess,
+            settings=settings,
+            plan_digest=digest(plan),
+            versions=versions(),
+            accuracy_before=before,
+            plain=Plain() if baseline else None,
+        )
+        job = _Job(folder, run, plan, data, model, progress or Silent(), on_finish)
+        job.begin()
+    except BaseException:
+        undo()
+        raise
+    return job.finish(undo)
+
+
+def resume(
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    data: Dataset | None = None,
+    progress: Progress | None = None,
+    on_finish: OnFinish | None = None,
+) -> Run:
+    """Go on with an interrupted or killed run, to exactly where it would have been without the interruption.
+
+    The network and the pictures are found again by what run.json says, unless they are given.
+    Raises RunError when there is nothing to go on with, or pictures, plan or files are not what they were.
+    """
+    folder, run = Path(path), read_run(path)
+    if run.status in _OVER:
+        raise RunError(f"run '{path}' {_OVER[run.status]}")
+    plan = Plan.load(folder / PLAN)
+    if digest(plan) != run.plan_digest:
+        raise RunError(
+            f"'{folder / PLAN}' was edited after the run began: put it back as it was, "
+            "or train anew with --plan"
+        )
+    model = build(run) if model is None else model
+    if data is None:
+        data = open_data(run)
+    check_same(run, data)
+    job = _Job(folder, run, plan, data, model, progress or Silent(), on_finish)
+    return job.finish(apply(model, plan))
+
+
+_OVER = {
+    "finished": "has finished, so there is nothing to resume: train longer with a new run and more --epochs",
+    "diverged": "met a loss that is not a number and would again: train anew with a lower --learning-rate",
+}
+
+
+def _settings(**given: Any) -> Settings:
+    try:
+        return Settings(**given)
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        name, why = first["loc"][0], first["msg"]
+        raise RunError(f"{name} cannot be {first['input']} ({why}): give another value") from failure
+
+
+@dataclass
+class _Job:
+    """A run under way: what it works with, and the folder it writes to."""
+
+    folder: Path
+    run: Run
+    plan: Plan
+    data: Dataset
+    model: nn.Module
+    progress: Progress
+    on_finish: OnFinish | None
+
+    def note(self, **changes: Any) -> None:
+        """Change the record, and the file with it."""
+        self.run = self.run.model_copy(update=changes)
+        self.run.save(self.folder / RUN)
+
+    def begin(self) -> None:
+        """Write the folder as it is before the first step; run.json comes last, so where it is, all is."""
+        self.plan.save(self.folder / PLAN)
+        state, start = self.model.state_dict(), Position().model_dump_json()
+        first = {f"model/{name}": tensor for name, tensor in state.items()}
+        write_tensors(self.folder / WEIGHTS, state)
+        for checkpoint in (PLANNED, *([PLAIN] if self.run.plain else [])):
+            write_tensors(self.folder / checkpoint, first, start)
+        self.note()
+
+    def finish(self, undo: Undo) -> Run:
+        """Train both networks from their checkpoints to the end; `undo` takes the plan off the model."""
+        device = device_of(self.model)
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                try:
+                    self._train_planned()
+                finally:
+                    undo()
+                    self.model.eval().zero_grad()
+                if self.run.plain:
+                    self._train_plain(self.run.plain)
+        except KeyboardInterrupt as stop:
+            self.note(status="interrupted")
+            way_out = f"`edgetune train --resume {self.folder}`"
+            raise Interrupted(f"training was stopped and is saved: go on with {way_out}") from stop
+        except DivergedError as failure:
+            self.note(status="diverged")
+            fill(self.model, read_tensors(self.folder / WEIGHTS)[0], self.folder / WEIGHTS)
+            rate = self.run.settings.learning_rate
+            raise DivergedError(
+                f"{failure}: train anew with a --learning-rate below {rate:g}; "
+                f"the last good weights are in '{self.folder}'"
+            ) from failure
+        self.note(status="finished")
+        for checkpoint in (PLANNED, PLAIN):
+            (self.folder / checkpoint).unlink(missing_ok=True)
+        if self.on_finish is not None:
+            self.on_finish(self.folder, self.run)
+        return self.run
+
+    def _leg(self, model: nn.Module, checkpoint: str, saved: Callable[[Position], None]) -> Leg:
+        settings = self.run.settings
+        leg = Leg(
+            model,
+            self.data,
+            settings,
+            self.plan.micro_batch or settings.batch_size,
+            self.folder / checkpoint,
+            saved,
+        )
+        leg.load()
+        return leg
+
+    def _train_planned(self) -> None:
+        def saved(at: Position) -> None:
+            write_tensors(self.folder / WEIGHTS, self.model.state_dict())
+            self.note(epochs=at.epochs)
+
+        leg = self._leg(self.model.train(), PLANNED, saved)
+        self.note(status="running")
+        leg.run("planned", self.progress)
+        self.note(epochs=leg.at.epochs, accuracy_after=leg.at.epochs[-1].val_accuracy)
+
+    def _train_plain(self, plain: Plain) -> None:
+        """The same data, steps and rates for stock autograd: all parameters learn, norms stay frozen."""
+
+        def saved(at: Position) -> None:
+            self.note(plain=plain.model_copy(update={"epochs": at.epochs}))
+
+        leg = self._leg(unrestrained(copy.deepcopy(self.model)), PLAIN, saved)
+        try:
+            leg.run("plain back-propagation", self.progress)
+            accuracy = leg.at.epochs[-1].val_accuracy
+            self.note(plain=plain.model_copy(update={"epochs": leg.at.epochs, "accuracy": accuracy}))
+        except DivergedError:  # a comparison that fails is a result, and no reason to lose the run
+            self.note(plain=plain.model_copy(update={"epochs": leg.at.epochs, "diverged": True}))
+
+
+def unrestrained(model: nn.Module) -> nn.Module:
+    """Make `model` train by plain back-propagation: all parameters learn, norms stay in evaluation mode."""
+    model.train().requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return model
