@@ -1,7 +1,7 @@
 """The native versions: each fills the outputs it is given and returns True, or returns False to decline.
 
 Declined are types other than float32 and bfloat16 (the fallback takes any), and everything where no library
-is built. Tensors of another layout are copied to a dense one first. All offsets in the C code are 64 bits wide.
+is built. Tensors of another layout are copied to a dense one first. All offsets in C are 64 bits wide.
 """
 
 from __future__ import annotations

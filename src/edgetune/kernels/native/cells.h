@@ -15,25 +15,39 @@ AHEAD v8 FN(column8_)(const cells *walk, int64_t at, int64_t rows, int count) {
     return sum;
 }
 
-/* `count` neighbouring cells, 2 or 4 columns wide. */
-AHEAD v8 FN(narrow_)(const cells *walk, int64_t at, int64_t rows, int wide, int count) {
+/* Up to eight neighbouring cells, 2 or 4 columns wide, over `columns` columns. */
+AHEAD v8 FN(narrow_)(const cells *walk, int64_t at, int64_t rows, int wide, int64_t columns) {
     v8 part[4];
     for (int i = 0; i < wide; i++) {
-        int64_t columns = (int64_t)count * wide - 8 * i;
-        part[i] = columns <= 0 ? v8_all(0) : FN(column8_)(walk, at + 8 * i, rows, (int)least(8, columns));
+        int64_t here = columns - 8 * i;
+        part[i] = here <= 0 ? v8_all(0) : FN(column8_)(walk, at + 8 * i, rows, (int)least(8, here));
     }
     if (wide == 2) return v8_pairs(part[0], part[1]);
     return v8_pairs(v8_pairs(part[0], part[1]), v8_pairs(part[2], part[3]));
 }
 
-/* Cells 2 or 4 columns wide, without the short one at the end of the row. */
-AHEAD void FN(narrow_row_)(const cells *walk, int64_t at, int64_t to, int64_t rows, int wide, int64_t full) {
-    float scale = 1.0f / (float)(rows * wide);
-    int64_t q = 0;
-    for (; q + 8 <= full; q += 8) PUT8(to + q, FN(narrow_)(walk, at + q * wide, rows, wide, 8), scale, 8);
-    if (q < full) {
-        int count = (int)(full - q);
-        PUT8(to + q, FN(narrow_)(walk, at + q * wide, rows, wide, count), scale, count);
+/* Rows of a cell lie apart, which hides from the processor that the whole is read in order: it is told here. */
+AHEAD void FN(fetch_)(const cells *walk, int64_t at, int64_t count) {
+    if (!walk->x) return;
+    for (int64_t i = 0; i < count; i += LINE)
+        __builtin_prefetch((const element *)walk->x + at + i + FETCH_LINES * LINE);
+}
+
+/* A row of cells 2 or 4 columns wide; the last cell may be short. */
+AHEAD void FN(narrow_row_)(const cells *walk, int64_t at, int64_t to, int64_t rows, int wide) {
+    float scale = 1.0f / (float)(rows * wide), lanes[8];
+    int64_t q = 0, rest = walk->w % wide;
+    for (; (q + 8) * wide <= walk->w; q += 8) {
+        FN(fetch_)(walk, at + q * wide * rows, 8 * wide * rows);
+        PUT8(to + q, FN(narrow_)(walk, at + q * wide, rows, wide, 8 * wide), scale, 8);
+    }
+    if (q == walk->q) return;
+    int count = (int)(walk->q - q);
+    v8 sums = FN(narrow_)(walk, at + q * wide, rows, wide, walk->w - q * wide);
+    PUT8(to + q, sums, scale, count);
+    if (rest) {
+        v8_store(lanes, sums);
+        PUT(walk->q - 1 + to, lanes[count - 1], 1.0f / (float)(rows * rest));
     }
 }
 
@@ -56,6 +70,7 @@ static void FN(wide_row_)(const cells *walk, int64_t at, int64_t to, int64_t row
     float scale = 1.0f / (float)(rows * wide), tile[TILE];
     for (int64_t q = 0; q < full; q += step) {
         int64_t cells_here = least(step, full - q), columns = cells_here * wide, j = 0;
+        FN(fetch_)(walk, at + q * wide * rows, columns * rows);
         for (; j + 8 <= columns; j += 8) v8_store(tile + j, FN(column8_)(walk, at + q * wide + j, rows, 8));
         if (j < columns) {
             int count = (int)(columns - j);
@@ -72,15 +87,19 @@ static void FN(wide_row_)(const cells *walk, int64_t at, int64_t to, int64_t row
 static void FN(planes_)(const void *job, int64_t begin, int64_t end) {
     const cells *walk = job;
     int64_t wide = walk->cell_w, full = walk->w / wide, rest = walk->w % wide;
+    int64_t plane = begin / walk->p, p = begin % walk->p;
     for (int64_t item = begin; item < end; item++) {
-        int64_t plane = item / walk->p, top = item % walk->p * walk->cell_h;
-        int64_t rows = least(walk->cell_h, walk->h - top);
+        int64_t top = p * walk->cell_h, rows = least(walk->cell_h, walk->h - top);
         int64_t at = (plane * walk->h + top) * walk->w, to = item * walk->q;
-        if (wide == 2 && rows == 2) FN(narrow_row_)(walk, at, to, 2, 2, full);
-        else if (wide == 4 && rows == 4) FN(narrow_row_)(walk, at, to, 4, 4, full);
-        else if (wide == 2) FN(narrow_row_)(walk, at, to, rows, 2, full);
-        else if (wide == 4) FN(narrow_row_)(walk, at, to, rows, 4, full);
-        else if (wide <= 32) FN(wide_row_)(walk, at, to, rows, full);
+        if (++p == walk->p) p = 0, plane++;
+        if (wide == 2 || wide == 4) {
+            if (wide == 2 && rows == 2) FN(narrow_row_)(walk, at, to, 2, 2);
+            else if (wide == 2) FN(narrow_row_)(walk, at, to, rows, 2);
+            else if (rows == 4) FN(narrow_row_)(walk, at, to, 4, 4);
+            else FN(narrow_row_)(walk, at, to, rows, 4);
+            continue;
+        }
+        if (wide <= 32) FN(wide_row_)(walk, at, to, rows, full);
         else for (int64_t q = 0; q < full; q++)
             PUT(to + q, FN(cell_)(walk, at + q * wide, rows, wide), 1.0f / (float)(rows * wide));
         if (rest) PUT(to + full, FN(cell_)(walk, at + full * wide, rows, rest), 1.0f / (float)(rows * rest));
@@ -89,10 +108,14 @@ static void FN(planes_)(const void *job, int64_t begin, int64_t end) {
 
 /* Channels last: the terms of `count` channels, added over the pixels of a cell. */
 AHEAD v8 FN(pixels8_)(const cells *walk, int64_t at, int64_t rows, int64_t columns, int count) {
+    int64_t next = walk->c * walk->cell_w * FETCH_CELLS;
     v8 sum = v8_all(0);
     for (int64_t row = 0; row < rows; row++)
-        for (int64_t column = 0; column < columns; column++)
-            sum = v8_add(sum, LOAD(at + (row * walk->w + column) * walk->c, count));
+        for (int64_t column = 0; column < columns; column++) {
+            int64_t here = at + (row * walk->w + column) * walk->c;
+            if (walk->x) __builtin_prefetch((const element *)walk->x + here + next);
+            sum = v8_add(sum, LOAD(here, count));
+        }
     return sum;
 }
 
