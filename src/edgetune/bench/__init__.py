@@ -1,0 +1,1 @@
+"""Benchmarks: suites that measure a method against the best baseline in the same run."""

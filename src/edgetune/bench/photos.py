@@ -1,0 +1,125 @@
+"""The photos of the transfer benchmark: folds, repeatable views, and what a frozen part of a network makes of them.
+
+Order and views depend on (epoch, photo) alone, so that every method of a fold sees the same batches.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from edgetune.bench.cells import cell_key
+from edgetune.data.augment import augment
+from edgetune.data.chance import generator_for, permutation
+from edgetune.data.loading import load_data
+from edgetune.data.preprocess import Preprocess
+from edgetune.data.settings import Augment
+
+Split = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Photos:
+    """`pixels` uint8 (n c h w) and `labels` (n); `splits` lists (train, test) photos, one a fold or a seed."""
+
+    name: str
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    splits: tuple[Split, ...]
+    preprocess: Preprocess
+    views: Augment
+
+    def seen(self, photos: Sequence[int], epoch: int | None) -> torch.Tensor:
+        """float32 (n c h w): the views of an epoch, or the photos as they are (None)."""
+        clean = self.preprocess.normalise(self.pixels[list(photos)])
+        if epoch is None:
+            return clean
+        return torch.stack([augment(x, generator_for("view", epoch, photo), self.views)
+                            for x, photo in zip(clean, photos, strict=True)])
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Photos behind a frozen part of the network: `maps` (e + 1, n, c, h, w), the photos as they are first."""
+
+    photos: Photos
+    maps: torch.Tensor
+
+    def seen(self, photos: Sequence[int], epoch: int | None) -> torch.Tensor:
+        """What `Photos.seen` gives, after the frozen part."""
+        return self.maps[0 if epoch is None else epoch + 1, list(photos)]
+
+
+def stratified_folds(labels: torch.Tensor, count: int, seed: int = 0) -> tuple[Split, ...]:
+    """`count` disjoint test parts with equal shares of every class, each with the rest as its training part."""
+    tests: list[list[int]] = [[] for _ in range(count)]
+    position = 0
+    for label in sorted(set(labels.tolist())):
+        members = (labels == label).nonzero().flatten().tolist()
+        for index in permutation(len(members), "folds", seed, label):
+            tests[position % count].append(members[index])
+            position += 1
+    everything = range(len(labels))
+    return tuple((sorted(set(everything) - set(test)), sorted(test)) for test in tests)
+
+
+def inner_split(photos: Photos) -> Split:
+    """For choosing the learning rate: the first split's training part, divided once more (4 : 1)."""
+    members = photos.splits[0][0]
+    train, held_out = stratified_folds(photos.labels[members], 5, seed=1)[0]
+    return [members[i] for i in train], [members[i] for i in held_out]
+
+
+def flowers(root: Path, preprocess: Preprocess, limit: int | None = None, folds: int = 5) -> Photos:
+    """All photos of flowers5, training and validation parts together, in stratified folds."""
+    dataset = load_data(root / "flowers5_224", preprocess, limit=limit)
+    pixels = torch.stack([part.pixels(i) for part in (dataset.train, dataset.val) for i in range(len(part))])
+    labels = torch.tensor([*dataset.train.labels, *dataset.val.labels])
+    return Photos("flowers5", pixels, labels, stratified_folds(labels, folds), preprocess, Augment(crop_scale=0.6))
+
+
+def drifted_cifar(root: Path, preprocess: Preprocess, limit: int = 2000, seeds: int = 3) -> Photos:
+    """CIFAR-10 through another camera: `limit` photos to train and as many to test on, the same for every seed."""
+    os.environ.setdefault("EDGETUNE_DATA", str(root))
+    dataset = load_data("cifar10:drift", preprocess, limit=limit)
+    pixels = torch.stack([part.pixels(i) for part in (dataset.train, dataset.val) for i in range(len(part))])
+    labels = torch.tensor([*dataset.train.labels, *dataset.val.labels])
+    train, everything = len(dataset.train), len(labels)
+    split = (list(range(train)), list(range(train, everything)))
+    return Photos("cifar10:drift", pixels, labels, (split,) * seeds, preprocess, Augment(shift_px=3))
+
+
+def behind(source: Photos | Maps, frozen: nn.Module, epochs: int, name: str) -> Maps:
+    """Run photos and their views through the frozen part `name` once, and keep the result in the temporary folder."""
+    photos = source if isinstance(source, Photos) else source.photos
+    key = cell_key({"part": name, "size": photos.preprocess.size, "photos": len(photos.labels), "epochs": epochs,
+                    "views": photos.views.model_dump(), "data": photos.name})
+    path = Path(tempfile.gettempdir()) / f"edgetune-maps-{key}.pt"
+
+    def build() -> torch.Tensor:
+        frozen.eval().to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            return torch.stack([torch.cat([frozen(source.seen(part.tolist(), epoch)).contiguous() for part in
+                                           torch.arange(len(photos.labels)).split(50)])
+                                for epoch in (None, *range(epochs))])
+
+    return Maps(photos, built_once(path, build))
+
+
+def built_once(path: Path, build: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The tensor in a file, made by `build` where it is not there yet; other processes wait for it."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            partial = path.with_suffix(".part")
+            torch.save(build(), partial)
+            partial.replace(path)
+    tensor: torch.Tensor = torch.load(path, mmap=True, weights_only=True)
+    return tensor
