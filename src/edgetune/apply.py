@@ -168,9 +168,10 @@ def _route(model: nn.Module, graph: Graph, segments: list[Segment], undo: Undo) 
     """Give the model a forward in which every segment is one call."""
     if not segments:
         return
-    code = {mode: _generate(model, mode, segments) for mode in (False, True)}
+    graphs = {mode: _planned(model, mode, segments) for mode in (False, True)}
+    code = {mode: _compiled(model, graph) for mode, graph in graphs.items()}
     instance_forward = model.__dict__.get("forward")
-    model.__dict__["_edgetune"] = _Routes(code, instance_forward)
+    model.__dict__["_edgetune"] = _Routes(code, graphs, instance_forward)
     model.forward = types.MethodType(_routed_forward, model)
 
     def restore() -> None:
@@ -183,6 +184,7 @@ def _route(model: nn.Module, graph: Graph, segments: list[Segment], undo: Undo) 
 @dataclass(frozen=True)
 class _Routes:
     code: dict[bool, Callable[..., Any]]
+    graphs: dict[bool, fx.Graph]
     instance_forward: Callable[..., Any] | None
 
 
@@ -195,8 +197,14 @@ def _routed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(self).forward(self, *args, **kwargs)
 
 
-def _generate(model: nn.Module, training: bool, segments: list[Segment]) -> Callable[..., Any]:
-    """Source code from the model's own graph with its segments put in, as a function of the model."""
+def routed_graph(model: nn.Module) -> fx.Graph | None:
+    """The graph that an applied model runs in its present mode; None where it runs its own forward."""
+    routes: _Routes | None = model.__dict__.get("_edgetune")
+    return None if routes is None else routes.graphs[model.training]
+
+
+def _planned(model: nn.Module, training: bool, segments: list[Segment]) -> fx.Graph:
+    """The model's own graph with its segments put in, as single calls."""
     before = model.training
     model.train(training)
     try:
@@ -214,6 +222,11 @@ def _generate(model: nn.Module, training: bool, segments: list[Segment]) -> Call
     _sort(graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
     graph.lint()
+    return graph
+
+
+def _compiled(model: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    """The graph's source code as a function of the model."""
     source = graph.python_code("self")
     scope: dict[str, Any] = dict(source.globals)
     exec(compile(source.src, f"<edgetune forward of {type(model).__name__}>", "exec"), scope)
