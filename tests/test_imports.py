@@ -15,8 +15,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
     "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "contract", "hosts",
-    "methods", "apply", "allocator", "meter", "profile", "plan", "models", "data", "run",
-    "evaluate", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
+    "methods", "apply", "allocator", "meter", "profile", "calibrate", "knapsack", "plan", "models", "data",
+    "costs", "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
 ]  # fmt: skip
 BASICS = {"errors", "units", "shapes", "record"}
 NARROW = {"models": BASICS, "data": BASICS}

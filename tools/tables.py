@@ -133,6 +133,7 @@ TABLES = {
             "plain": number("baseline_ms", 0, " ms"),
             "this": number("method_ms", 0, " ms"),
             "speedup": number("speedup", 2, "x"),
+            "above forward alone": percent("over_forward"),
             "kept": against("kept_bytes"),
             "peak": against("peak_bytes"),
         },
