@@ -133,6 +133,23 @@ def grid_grad_weight(x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry, p
     return gw.view(o, ku, kv, i).permute(0, 3, 1, 2).contiguous()
 
 
+def grid_backward(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry, patch_px: int,
+                  taps: Taps) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both gradients on the grid from patch means of x and gy: gx (n c p' q') and gw.
+
+    In the mean form gw is (o i), the value of every tap; in the grid form (o i u v).
+    """
+    n, o = g.shape[:2]
+    c, i = geometry.in_channels, geometry.in_channels // geometry.groups
+    if taps == "grid":
+        return (grid_grad_input(g, weight, geometry, patch_px, taps),
+                grid_grad_weight(x, g, geometry, patch_px, taps))
+    to_input, to_weight = received_mean(g, geometry, patch_px)
+    gx = mix_input(to_input.flatten(2), kernels.tap_sum(weight.to(g.dtype)), geometry.groups)
+    gw = mix_weight(to_weight.flatten(2), x.to(g.dtype).flatten(2), geometry.groups)
+    return gx.view(n, c, *to_input.shape[2:]), gw.view(o, i)
+
+
 class GradientFilter(LayerMethod):
     """Patches of `patch_px` output pixels; `taps` mean or grid; `bases` Walsh functions a patch (mean form)."""
 
