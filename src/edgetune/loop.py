@@ -20,9 +20,8 @@ from torch import nn
 
 from edgetune.data import Dataset, batches, generator_for
 from edgetune.errors import DivergedError, RunError
-from edgetune.evaluate import evaluate
 from edgetune.record import Record
-from edgetune.run import Epoch, Settings, device_of, fill, read_tensors, write_tensors
+from edgetune.run import Epoch, Settings, device_of, evaluate, fill, read_tensors, write_tensors
 
 SAVE_EVERY_S = 60.0
 """Longest time in seconds that a kill can undo within an epoch."""

@@ -13,20 +13,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import nn
 
 from edgetune.contract import Plan
-from edgetune.data import Augment, Dataset, Preprocess, load_data
+from edgetune.costs import Costs
+from edgetune.data import Augment, Dataset, Pictures, Preprocess, batches, load_data, open_picture
 from edgetune.errors import ModelError, RunError
+from edgetune.graph import evaluating
 from edgetune.models import head_classes, load_model, replace_head
 from edgetune.record import Record, atomic_write
 
@@ -108,6 +112,7 @@ class Run(Record):
     accuracy_after: float | None = None
     epochs: tuple[Epoch, ...] = ()
     plain: Plain | None = None
+    costs: Costs | None = None
 
 
 def versions() -> dict[str, str]:
@@ -237,6 +242,49 @@ def check_same(run: Run, data: Dataset) -> None:
             f"the pictures of '{run.data.source}' are not those that the run began with: "
             "put them back as they were, or train anew"
         )
+
+
+class Score(Record):
+    """What a network knew: per class, how many pictures it saw and told right; the mean loss of all."""
+
+    seen: tuple[int, ...]
+    right: tuple[int, ...]
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of all pictures told right, 0..1."""
+        return sum(self.right) / max(sum(self.seen), 1)
+
+
+def evaluate(model: nn.Module, pictures: Pictures, classes: int, batch_size: int = 32) -> Score:
+    """Run `model` over pictures in evaluation mode. Raises ModelError when its head does not fit."""
+    seen, right, loss = torch.zeros(classes, dtype=torch.long), torch.zeros(classes, dtype=torch.long), 0.0
+    with evaluating(model), torch.no_grad():
+        for x, y in batches(pictures, batch_size, shuffle=False):
+            logits = model(x.to(device_of(model))).float().cpu()
+            if logits.shape != (len(y), classes):
+                raise ModelError(
+                    f"the network gives {tuple(logits.shape)} for {len(y)} pictures of "
+                    f"{classes} classes: fit its head with replace_head"
+                )
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            seen += torch.bincount(y, minlength=classes)
+            right += torch.bincount(y[logits.argmax(1) == y], minlength=classes)
+    return Score(seen=tuple(seen.tolist()), right=tuple(right.tolist()), loss=loss / max(len(pictures), 1))
+
+
+def predict(loaded: LoadedRun, paths: Iterable[str | Path], top: int = 3) -> list[list[tuple[str, float]]]:
+    """The `top` classes of each picture with their probabilities, likeliest first. Raises DataError."""
+    answers = []
+    with evaluating(loaded.model), torch.no_grad():
+        for path in paths:
+            x = loaded.preprocess.apply(open_picture(path))[None].to(device_of(loaded.model))
+            shares, order = loaded.model(x)[0].float().softmax(0).sort(descending=True)
+            answers.append(
+                [(loaded.classes[i], float(share)) for i, share in zip(order.tolist(), shares)][:top]
+            )
+    return answers
 
 
 def device_of(model: nn.Module) -> torch.device:

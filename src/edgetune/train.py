@@ -15,9 +15,9 @@ from torch import nn
 
 from edgetune.apply import Undo, apply
 from edgetune.contract import Plan
-from edgetune.data import Augment, Dataset
+from edgetune.costs import Costs, costs_of, unrestrained
+from edgetune.data import Augment, Dataset, batches
 from edgetune.errors import DivergedError, PlanError, RunError
-from edgetune.evaluate import evaluate
 from edgetune.loop import Leg, Position, Progress, Silent
 from edgetune.run import (
     PLAN,
@@ -33,6 +33,7 @@ from edgetune.run import (
     check_same,
     device_of,
     digest,
+    evaluate,
     fill,
     open_data,
     read_run,
@@ -65,6 +66,7 @@ def train(
     model_name: str = "",
     model_options: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
+    costs: Costs | None = None,
     data_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     on_finish: OnFinish | None = None,
@@ -74,62 +76,57 @@ def train(
     `augment` is True for the data's own views, False or None for none; `baseline` also trains a copy by plain
     full back-propagation, to compare. `model_name`, `model_options`, `weights` and `data_options` (what
     `load_data` was given) are written down so that the run can be loaded and resumed by itself;
-    `on_finish(out, run)` is called at the end, to write reports.
+    `costs` are measured unless given; `on_finish(out, run)` is called at the end, to write reports.
     Raises Interrupted after Ctrl-C, DivergedError when the loss is no number, PlanError or Refusal when the
     plan does not fit, RunError when `out` cannot be used.
     """
-    views = data.augment if augment is True else augment or None
     settings = _settings(
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        warm_up=warm_up,
-        clip_norm=clip_norm,
-        seed=seed,
-        augment=views,
-        baseline=baseline,
-    )
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, momentum=momentum,
+        weight_decay=weight_decay, warm_up=warm_up, clip_norm=clip_norm, seed=seed, baseline=baseline,
+        augment=data.augment if augment is True else augment or None,
+    )  # fmt: skip
     folder = Path(out)
-    if (folder / RUN).exists():
-        raise RunError(
-            f"'{out}' holds a run already: choose another folder with --out, or go on with --resume {out}"
-        )
-    if not plan.learned():
-        raise PlanError("the plan lets nothing learn: list at least the classifier in `learns`")
+    _refuse(folder, plan)
     before = evaluate(model, data.val, len(data.classes), batch_size).accuracy
+    costs = costs or costs_of(model, plan, *_first_batch(data, model, settings), plain_measured=baseline)
+    origin = None if weights is None else str(weights)
+    run = Run(
+        status="running",
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        model=ModelRef(name=model_name, options=dict(model_options or {}), weights=origin),
+        data=_reference(data, **(data_options or {})),
+        classes=data.classes,
+        preprocess=data.preprocess,
+        settings=settings,
+        plan_digest=digest(plan),
+        versions=versions(),
+        accuracy_before=before,
+        plain=Plain() if baseline else None,
+        costs=costs,
+    )
+    job = _Job(folder, run, plan, data, model, progress or Silent(), on_finish)
     undo = apply(model, plan)
     try:
-        run = Run(
-            status="running",
-            started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            model=ModelRef(
-                name=model_name,
-                options=dict(model_options or {}),
-                weights=None if weights is None else str(weights),
-            ),
-            data=DataRef(
-                source=data.source,
-                fingerprint=data.fingerprint,
-                counts=data.counts,
-                skipped=data.skipped,
-                **(data_options or {}),
-            ),
-            classes=data.classes,
-            preprocess=data.preprocess,
-            settings=settings,
-            plan_digest=digest(plan),
-            versions=versions(),
-            accuracy_before=before,
-            plain=Plain() if baseline else None,
-        )
-        job = _Job(folder, run, plan, data, model, progress or Silent(), on_finish)
         job.begin()
     except BaseException:
         undo()
         raise
     return job.finish(undo)
+
+
+def _refuse(folder: Path, plan: Plan) -> None:
+    if (folder / RUN).exists():
+        raise RunError(
+            f"'{folder}' holds a run already: choose another folder with --out, "
+            f"or go on with --resume {folder}"
+        )
+    if not plan.learned():
+        raise PlanError("the plan lets nothing learn: list at least the classifier in `learns`")
+
+
+def _reference(data: Dataset, **options: Any) -> DataRef:
+    known = {"source": data.source, "fingerprint": data.fingerprint, "counts": data.counts}
+    return DataRef(**known, skipped=data.skipped, **options)
 
 
 def resume(
@@ -166,6 +163,11 @@ _OVER = {
     "finished": "has finished, so there is nothing to resume: train longer with a new run and more --epochs",
     "diverged": "met a loss that is not a number and would again: train anew with a lower --learning-rate",
 }
+
+
+def _first_batch(data: Dataset, model: nn.Module, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = next(batches(data.train, settings.batch_size, seed=settings.seed, settings=settings.augment))
+    return x.to(device_of(model)), y.to(device_of(model))
 
 
 def _settings(**given: Any) -> Settings:
@@ -271,12 +273,3 @@ class _Job:
             self.note(plain=plain.model_copy(update={"epochs": leg.at.epochs, "accuracy": accuracy}))
         except DivergedError:  # a comparison that fails is a result, and no reason to lose the run
             self.note(plain=plain.model_copy(update={"epochs": leg.at.epochs, "diverged": True}))
-
-
-def unrestrained(model: nn.Module) -> nn.Module:
-    """Make `model` train by plain back-propagation: all parameters learn, norms stay in evaluation mode."""
-    model.train().requires_grad_(True)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    return model
