@@ -1,7 +1,7 @@
-"""Cells of an accuracy grid: each one finished is stored at once and never run again; and the statistics over them.
+"""Cells of an accuracy grid: each is stored once it is finished, and never run again; statistics over them.
 
-A results file holds one JSON object a line. Several processes may work through one grid: a cell is claimed by a file
-lock, which a killed process leaves free.
+A results file holds one JSON object a line. Several processes may work through one grid: a cell is claimed by
+a file lock, which a killed process leaves free.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ class CellStore:
         """Every whole line; a last one cut short by a kill is left out."""
         if not self.path.exists():
             return []
-        return [json.loads(text) for text in self.path.read_text().splitlines(keepends=True) if text.endswith("\n")]
+        return [
+            json.loads(text)
+            for text in self.path.read_text().splitlines(keepends=True)
+            if text.endswith("\n")
+        ]
 
     def done(self, key: str) -> Line | None:
         """The line of a finished cell, or None."""
@@ -111,12 +115,14 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     return Interval(mean, mean - reach, mean + reach)
 
 
-def paired_difference(method: Sequence[torch.Tensor], baseline: Sequence[torch.Tensor],
-                      photos: Sequence[Sequence[str]]) -> Interval:
+def paired_difference(
+    method: Sequence[torch.Tensor], baseline: Sequence[torch.Tensor], photos: Sequence[Sequence[str]]
+) -> Interval:
     """How much better `method` does than `baseline`, in points, by photo.
 
-    One entry a run: booleans (n), right or wrong, and the n photos they belong to. A photo tested by several runs
-    counts once, with the mean of its differences; with one run a photo this is McNemar's comparison as an interval.
+    One entry a run: booleans (n), right or wrong, and the n photos they belong to. A photo tested by
+    several runs counts once, with the mean of its differences; with one run a photo this is McNemar's comparison as an
+    interval.
     """
     sums: dict[str, list[float]] = {}
     for ours, theirs, names in zip(method, baseline, photos, strict=True):
@@ -146,7 +152,7 @@ def _student_within(t: float, degrees: int) -> float:
 
 
 def kept_for_backward(model: torch.nn.Module, x: torch.Tensor) -> int:
-    """Bytes that one forward pass keeps until backward: storages counted once, parameters, buffers and x left out."""
+    """Bytes kept from forward to backward: storages counted once, parameters, buffers and x left out."""
     own = [*model.parameters(), *model.buffers(), x]
     known = {tensor.untyped_storage().data_ptr() for tensor in own}
     storages: dict[int, torch.UntypedStorage] = {}
@@ -166,8 +172,15 @@ def kept_for_backward(model: torch.nn.Module, x: torch.Tensor) -> int:
 
 def provenance() -> Line:
     """Where and with what a number was measured: machine, versions, git commit."""
-    return {"machine": f"{_processor()}, {os.cpu_count()} cores", "git": _commit(),
-            "versions": {"torch": torch.__version__, "python": platform.python_version(), "numpy": np.__version__}}
+    return {
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "git": _commit(),
+        "versions": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+    }
 
 
 def _processor() -> str:
@@ -181,8 +194,13 @@ def _processor() -> str:
 
 def _commit() -> str:
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                               check=True)
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip()

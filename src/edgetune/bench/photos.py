@@ -1,4 +1,4 @@
-"""The photos of the transfer benchmark: folds, repeatable views, and what a frozen part of a network makes of them.
+"""The photos of the transfer benchmark: folds, repeatable views, and their maps behind frozen layers.
 
 Order and views depend on (epoch, photo) alone, so that every method of a fold sees the same batches.
 """
@@ -27,7 +27,7 @@ Split = tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class Photos:
-    """`pixels` uint8 (n c h w) and `labels` (n); `splits` lists (train, test) photos, one a fold or a seed."""
+    """`pixels` uint8 (n c h w) and `labels` (n); `splits` has (train, test), one a fold or a seed."""
 
     name: str
     pixels: torch.Tensor
@@ -41,13 +41,17 @@ class Photos:
         clean = self.preprocess.normalise(self.pixels[list(photos)])
         if epoch is None:
             return clean
-        return torch.stack([augment(x, generator_for("view", epoch, photo), self.views)
-                            for x, photo in zip(clean, photos, strict=True)])
+        return torch.stack(
+            [
+                augment(x, generator_for("view", epoch, photo), self.views)
+                for x, photo in zip(clean, photos, strict=True)
+            ]
+        )
 
 
 @dataclass(frozen=True)
 class Maps:
-    """Photos behind a frozen part of the network: `maps` (e + 1, n, c, h, w), the photos as they are first."""
+    """Photos behind frozen layers: `maps` (e + 1, n, c, h, w), of the photos themselves and each epoch."""
 
     photos: Photos
     maps: torch.Tensor
@@ -58,7 +62,7 @@ class Maps:
 
 
 def stratified_folds(labels: torch.Tensor, count: int, seed: int = 0) -> tuple[Split, ...]:
-    """`count` disjoint test parts with equal shares of every class, each with the rest as its training part."""
+    """`count` disjoint test parts with equal shares of every class, each with the rest to train on."""
     tests: list[list[int]] = [[] for _ in range(count)]
     position = 0
     for label in sorted(set(labels.tolist())):
@@ -82,11 +86,13 @@ def flowers(root: Path, preprocess: Preprocess, limit: int | None = None, folds:
     dataset = load_data(root / "flowers5_224", preprocess, limit=limit)
     pixels = torch.stack([part.pixels(i) for part in (dataset.train, dataset.val) for i in range(len(part))])
     labels = torch.tensor([*dataset.train.labels, *dataset.val.labels])
-    return Photos("flowers5", pixels, labels, stratified_folds(labels, folds), preprocess, Augment(crop_scale=0.6))
+    return Photos(
+        "flowers5", pixels, labels, stratified_folds(labels, folds), preprocess, Augment(crop_scale=0.6)
+    )
 
 
 def drifted_cifar(root: Path, preprocess: Preprocess, limit: int = 2000, seeds: int = 3) -> Photos:
-    """CIFAR-10 through another camera: `limit` photos to train and as many to test on, the same for every seed."""
+    """CIFAR-10 through another camera: `limit` photos to train on and as many to test, for all seeds."""
     os.environ.setdefault("EDGETUNE_DATA", str(root))
     dataset = load_data("cifar10:drift", preprocess, limit=limit)
     pixels = torch.stack([part.pixels(i) for part in (dataset.train, dataset.val) for i in range(len(part))])
@@ -97,18 +103,34 @@ def drifted_cifar(root: Path, preprocess: Preprocess, limit: int = 2000, seeds: 
 
 
 def behind(source: Photos | Maps, frozen: nn.Module, epochs: int, name: str) -> Maps:
-    """Run photos and their views through the frozen part `name` once, and keep the result in the temporary folder."""
+    """Run photos and their views through the frozen part `name` once; the temporary folder keeps the maps."""
     photos = source if isinstance(source, Photos) else source.photos
-    key = cell_key({"part": name, "size": photos.preprocess.size, "photos": len(photos.labels), "epochs": epochs,
-                    "views": photos.views.model_dump(), "data": photos.name})
+    key = cell_key(
+        {
+            "part": name,
+            "size": photos.preprocess.size,
+            "photos": len(photos.labels),
+            "epochs": epochs,
+            "views": photos.views.model_dump(),
+            "data": photos.name,
+        }
+    )
     path = Path(tempfile.gettempdir()) / f"edgetune-maps-{key}.pt"
 
     def build() -> torch.Tensor:
-        frozen.eval().to(memory_format=torch.channels_last)
+        frozen.eval()
         with torch.no_grad():
-            return torch.stack([torch.cat([frozen(source.seen(part.tolist(), epoch)).contiguous() for part in
-                                           torch.arange(len(photos.labels)).split(50)])
-                                for epoch in (None, *range(epochs))])
+            return torch.stack(
+                [
+                    torch.cat(
+                        [
+                            frozen(source.seen(part.tolist(), epoch)).contiguous()
+                            for part in torch.arange(len(photos.labels)).split(50)
+                        ]
+                    )
+                    for epoch in (None, *range(epochs))
+                ]
+            )
 
     return Maps(photos, built_once(path, build))
 

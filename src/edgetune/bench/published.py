@@ -1,9 +1,11 @@
-"""The gradient filter as published, faults and all: a row of the transfer benchmark, not a method to train with.
+"""The gradient filter as published, faults and all: a row of the transfer benchmark, no method to train with.
 
-Both gradients of a layer of stride s come out s**2 too large (the input is summed over r s x r s pixels while the
-output gradient is averaged over r x r), border taps count as inside the map, and the patches of input and output may
-be shifted against each other on maps that r does not divide. See `edgetune.methods.backward.gradient_filter` for the
-operator put right. Reference: Yang et al., CVPR 2023, equations 2-5, and the behaviour of the released code.
+Both gradients of a layer of stride s come out s**2 too large (the input is summed over r s x r s pixels while
+the output gradient is averaged over r x r), border taps count as inside the map, and the patches of input and
+output may be shifted against each other on maps that r does not divide. The operator put right is in
+`edgetune.methods.backward.gradient_filter`.
+
+Reference: Yang et al., CVPR 2023, equations 2-5, and what the released code does.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from edgetune.overlap import ConvGeometry, cells
 
 
 class PublishedFilter(LayerMethod):
-    """Patches of `patch_px` output pixels; full or depthwise convolutions. Has no name, so that no plan file asks for it."""
+    """Patches of `patch_px` output pixels; full or depthwise convolutions. It has no name for plan files."""
 
     patch_px: int = Field(2, ge=1)
 
@@ -30,7 +32,7 @@ class PublishedFilter(LayerMethod):
             return "has groups that the published operator fails on: leave it exact"
         return None
 
-    def save(self, x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+    def save(self, x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:  # type: ignore[override]
         """x (n c h w) -> sums over patches of patch_px * stride pixels, (n c p q)."""
         return _pool_sum(x, self._input_patch(geometry))
 
@@ -40,13 +42,13 @@ class PublishedFilter(LayerMethod):
         return _pool_sum(gy, patch) / _pool_sum(torch.ones_like(gy[:1, :1]), patch)
 
     def grad_input(self, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
-        """(n o p q) -> gx (n c h w): the sum of the weight's taps times g, the same for every pixel of a patch."""
+        """(n o p q) -> gx (n c h w): the sum of the weight's taps times g, on every pixel."""
         n, _, p, q = g.shape
         small = mix_input(g.flatten(2), weight.sum((2, 3)), geometry.groups).view(n, -1, p, q)
         rows, columns = self._input_patch(geometry)
         full = small.repeat_interleave(rows, 2).repeat_interleave(columns, 3)
         (h, w), (top, left) = geometry.in_hw, _pads(geometry.in_hw, (p, q), (rows, columns))
-        return full[:, :, top:top + h, left:left + w]
+        return full[:, :, top : top + h, left : left + w]
 
     def grad_weight(self, kept: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         """(n c p q), (n o p q) -> gw (o i u v), every tap the same."""
@@ -58,7 +60,7 @@ class PublishedFilter(LayerMethod):
 
 
 def _pool_sum(x: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
-    """Sums over patches of a map that is padded by the same count on either side, the odd row at the far end dropped."""
+    """Sums over patches of a map padded alike on either side, the odd row at the far end dropped."""
     hw = (int(x.shape[2]), int(x.shape[3]))
     top, left = _pads(hw, (cells(hw[0], patch[0]), cells(hw[1], patch[1])), patch)
     return F.avg_pool2d(F.pad(x, (left, left, top, top)), patch) * (patch[0] * patch[1])
