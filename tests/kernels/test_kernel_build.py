@@ -36,8 +36,8 @@ def _start(cache: Path, script: str = SCRIPT, **changes: str) -> subprocess.Pope
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1",
                    "EDGETUNE_CACHE": str(cache), **changes}
     environment.pop("EDGETUNE_NATIVE", None) if "EDGETUNE_NATIVE" not in changes else None
-    return subprocess.Popen([sys.executable, "-c", script], env=environment, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", script], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def _answer(process: subprocess.Popen[str]) -> dict[str, object]:

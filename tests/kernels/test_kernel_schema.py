@@ -65,7 +65,7 @@ def test_modes_see_one_op() -> None:
     lambda: kernels.max_pool(torch.ones(1, 1, 40, 40), 16, 16, 1, 1, 0, 0, 1, 1, False),
     lambda: kernels.max_pool(torch.ones(1, 1, 4, 4), 3, 3, 1, 1, 2, 2, 1, 1, False),
     lambda: kernels.max_pool(torch.ones(1, 1, 2, 2), 3, 3, 1, 1, 0, 0, 1, 1, False),
-    lambda: kernels.max_pool_backward(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 3), 4, 4, 2, 2, 2, 2, 0, 0, 1, 1),
+    lambda: kernels.max_pool_backward(*torch.ones(2, 1, 1, 2, 2), 4, 4, 2, 2, 2, 2, 0, 0, 1, 1),
 ])
 def test_wrong_arguments_are_refused_in_one_sentence(call: Any) -> None:
     with pytest.raises(EdgetuneError) as refusal:

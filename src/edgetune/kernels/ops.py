@@ -52,7 +52,7 @@ def mask_pack(x: Tensor, low: float, high: float) -> Tensor:
 def mask_apply(g: Tensor, bits: Tensor) -> Tensor:
     """g where its bit is set, 0 elsewhere (also for a NaN): g any shape, in the memory order that was packed.
 
-    Bring g to that order first: `g.contiguous(memory_format=...)`, asking `is_channels_last` of what is packed.
+    Bring g to that order first, `g.contiguous(memory_format=...)`; `is_channels_last(x)` tells which it was.
     """
     return _mask_apply(g, bits)
 

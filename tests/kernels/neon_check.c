@@ -1,0 +1,100 @@
+/* Prints a checksum of every kernel's answer on made-up data, one a line: two builds of it must print the same. */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef int64_t I;
+#define DECLARE(type, t) \
+    void et_patch_mean_##t(const type *, type *, I, I, I, I, I, I, int, int); \
+    void et_masked_patch_mean_##t(const type *, const uint8_t *, type *, I, I, I, I, I, I, int, int); \
+    void et_mask_count_##t(const type *, void *, float, float, I, I, I, I, I, I, int, int); \
+    void et_bits_count_##t(const uint8_t *, void *, I, I, I, I, I, I, int, int); \
+    void et_patch_mean_count_##t(const type *, type *, void *, float, float, I, I, I, I, I, I, int, int); \
+    void et_patch_spread_##t(const type *, type *, I, I, I, I, I, I, int, int); \
+    void et_mask_pack_##t(const type *, uint8_t *, float, float, I, int); \
+    void et_mask_apply_##t(const type *, const uint8_t *, type *, I, int); \
+    void et_tap_sum_##t(const type *, type *, I, I, int); \
+    void et_tap_spread_##t(const type *, type *, I, I, int); \
+    void et_max_pool_##t(const type *, type *, uint8_t *, const I *, int, int);
+DECLARE(float, f32)
+DECLARE(uint16_t, bf16)
+void et_max_pool_backward_f32(const float *, uint8_t *, float *, const I *, int, int);
+
+enum { ROOM = 1 << 18 };
+static uint32_t state = 1;
+static uint32_t next(void) { return state = state * 1664525u + 1013904223u; }
+
+/* Sixteenths from -4 to 4, many of them equal, and now and then a NaN or an infinity. */
+static float value(void) {
+    uint32_t r = next() >> 8;
+    if (r % 97 == 0) return r % 2 ? __builtin_inff() : __builtin_nanf("");
+    return (float)((int)(r % 129) - 64) / 16.0f;
+}
+static void show(const char *name, const void *data, size_t bytes) {
+    uint64_t sum = 1469598103934665603u;
+    for (size_t i = 0; i < bytes; i++) sum = (sum ^ ((const uint8_t *)data)[i]) * 1099511628211u;
+    printf("%s %016llx\n", name, (unsigned long long)sum);
+}
+
+static void *room(void) { return calloc(ROOM, 8); }
+/* A NaN's sign and payload are nobody's promise. */
+static void plain_nans(float *x, I count) { for (I i = 0; i < count; i++) if (x[i] != x[i]) x[i] = 7777; }
+static void plain_nans_bf16(uint16_t *x, I count) { for (I i = 0; i < count; i++) if ((x[i] & 0x7fff) > 0x7f80) x[i] = 7; }
+#define SETTLE_f32(x, k) plain_nans(x, k)
+#define SETTLE_bf16(x, k) plain_nans_bf16(x, k)
+
+#define CHECK(type, t) \
+static void check_##t(const type *x, const uint8_t *bits, I n, I c, I h, I w, I a, I b, int last) { \
+    I p = (h + a - 1) / a, q = (w + b - 1) / b, all = n * c * h * w, cells = n * c * p * q; \
+    type *out = room(); \
+    uint8_t *bytes = room(); \
+    size_t wide = a * b <= 255 ? 1 : 4; \
+    et_patch_mean_##t(x, out, n, c, h, w, a, b, last, 2); SETTLE_##t(out, cells); show("patch_mean", out, cells * sizeof *out); \
+    et_patch_spread_##t(x, out, n, c, h, w, a, b, last, 2); SETTLE_##t(out, all); show("patch_spread", out, all * sizeof *out); \
+    et_masked_patch_mean_##t(x, bits, out, n, c, h, w, a, b, last, 2); SETTLE_##t(out, cells); show("masked", out, cells * sizeof *out); \
+    et_mask_count_##t(x, bytes, -1, 2, n, c, h, w, a, b, last, 2); show("mask_count", bytes, cells * wide); \
+    et_bits_count_##t(bits, bytes, n, c, h, w, a, b, last, 2); show("bits_count", bytes, cells * wide); \
+    et_patch_mean_count_##t(x, out, bytes, -1, 2, n, c, h, w, a, b, last, 2); show("mean_count", bytes, cells * wide); \
+    et_mask_pack_##t(x, bytes, -1, 2, all, 2); show("mask_pack", bytes, (all + 7) / 8); \
+    et_mask_apply_##t(x, bits, out, all, 2); SETTLE_##t(out, all); show("mask_apply", out, all * sizeof *out); \
+    et_tap_sum_##t(x, out, n * c, h * w, 2); SETTLE_##t(out, n * c); show("tap_sum", out, n * c * sizeof *out); \
+    et_tap_spread_##t(x, out, n * c, h * w, 2); SETTLE_##t(out, all); show("tap_spread", out, all * sizeof *out); \
+    I s = b < 3 ? b : 2, g[] = {n, c, h, w, (h + 2 - 3) / s + 1, (w + 2 - 3) / s + 1, 3, 3, s, s, 1, 1, 1, 1}; \
+    I outs = n * c * g[4] * g[5]; \
+    et_max_pool_##t(x, out, bytes, g, last, 2); SETTLE_##t(out, outs); \
+    show("max_pool", out, outs * sizeof *out); show("index", bytes, outs); \
+    free(out); free(bytes); \
+}
+CHECK(float, f32)
+CHECK(uint16_t, bf16)
+
+int main(void) {
+    static const I shapes[][4] = {{2, 3, 7, 9}, {1, 16, 14, 14}, {2, 5, 9, 33}, {1, 70, 6, 21}, {1, 3, 40, 56}};
+    static const I patches[][2] = {{1, 1}, {2, 2}, {4, 4}, {3, 3}, {2, 5}, {7, 9}, {20, 40}};
+    float *x = room();
+    uint16_t *half = room();
+    uint8_t *bits = room();
+    for (I i = 0; i < ROOM; i++) {
+        x[i] = value();
+        memcpy(&half[i], (const char *)&x[i] + 2, 2);
+        bits[i] = (uint8_t)(next() >> 16);
+    }
+    for (int s = 0; s < 5; s++)
+        for (int r = 0; r < 7; r++)
+            for (int last = 0; last < 2; last++) {
+                const I *shape = shapes[s];
+                check_f32(x, bits, shape[0], shape[1], shape[2], shape[3], patches[r][0], patches[r][1], last);
+                check_bf16(half, bits, shape[0], shape[1], shape[2], shape[3], patches[r][0], patches[r][1], last);
+            }
+    float *y = room(), *gx = room();
+    uint8_t *index = room();
+    const I g[] = {2, 9, 15, 20, 8, 10, 3, 3, 2, 2, 1, 1, 1, 1};
+    for (int last = 0; last < 2; last++) {
+        et_max_pool_f32(x, y, index, g, last, 2);
+        for (I i = 0; i < 1440; i++) y[i] = (float)(i % 31);
+        et_max_pool_backward_f32(y, index, gx, g, last, 2);
+        show("max_pool_backward", gx, 5400 * sizeof *gx);
+    }
+    return 0;
+}
