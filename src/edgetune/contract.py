@@ -23,7 +23,7 @@ from pydantic import SerializeAsAny, ValidationError, field_serializer, field_va
 from edgetune.errors import PlanError
 from edgetune.graph import Call, Graph
 from edgetune.overlap import ConvGeometry
-from edgetune.record import Record
+from edgetune.record import Frozen, Record
 
 Tensors = Mapping[str, torch.Tensor]
 REGISTRY: dict[str, type[Method]] = {}
@@ -31,7 +31,7 @@ HEADINGS = ("What it does", "Shapes", "What is kept (bytes)", "What changes in t
             "When not to use", "Reference")
 
 
-class Method(Record):
+class Method(Frozen):
     """Settings of one method on one layer; units stand in the field names."""
 
     method: ClassVar[str] = ""

@@ -14,10 +14,14 @@ from edgetune.errors import EdgetuneError, RunError
 R = TypeVar("R", bound="Record")
 
 
-class Record(BaseModel):
-    """A frozen record that a person can read, diff and edit as JSON."""
+class Frozen(BaseModel):
+    """Fields that never change and refuse what they do not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Record(Frozen):
+    """A noun of the line: a frozen record that a person can read, diff and edit as JSON."""
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; the file is either the old one or the whole new one, whatever happens meanwhile."""
