@@ -46,11 +46,7 @@ class CellStore:
         """Every whole line; a last one cut short by a kill is left out."""
         if not self.path.exists():
             return []
-        return [
-            json.loads(text)
-            for text in self.path.read_text().splitlines(keepends=True)
-            if text.endswith("\n")
-        ]
+        return [json.loads(text) for text in self.path.read_text().splitlines(keepends=True) if text.endswith("\n")]
 
     def done(self, key: str) -> Line | None:
         """The line of a finished cell, or None."""
@@ -121,8 +117,8 @@ def paired_difference(
     """How much better `method` does than `baseline`, in points, by photo.
 
     One entry a run: booleans (n), right or wrong, and the n photos they belong to. A photo tested by
-    several runs counts once, with the mean of its differences; with one run a photo this is McNemar's comparison as an
-    interval.
+    several runs counts once, with the mean of its differences; with one run a photo this is McNemar's
+    comparison as an interval.
     """
     sums: dict[str, list[float]] = {}
     for ours, theirs, names in zip(method, baseline, photos, strict=True):

@@ -86,9 +86,7 @@ def flowers(root: Path, preprocess: Preprocess, limit: int | None = None, folds:
     dataset = load_data(root / "flowers5_224", preprocess, limit=limit)
     pixels = torch.stack([part.pixels(i) for part in (dataset.train, dataset.val) for i in range(len(part))])
     labels = torch.tensor([*dataset.train.labels, *dataset.val.labels])
-    return Photos(
-        "flowers5", pixels, labels, stratified_folds(labels, folds), preprocess, Augment(crop_scale=0.6)
-    )
+    return Photos("flowers5", pixels, labels, stratified_folds(labels, folds), preprocess, Augment(crop_scale=0.6))
 
 
 def drifted_cifar(root: Path, preprocess: Preprocess, limit: int = 2000, seeds: int = 3) -> Photos:

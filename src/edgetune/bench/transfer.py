@@ -1,7 +1,8 @@
 """`edgetune bench transfer`: what adapting a pretrained network costs in accuracy, method by method.
 
 MobileNetV2 from ImageNet on flowers5 (five folds over all photos), and ResNet-20 on a drifted CIFAR-10 (three
-seeds). Within a fold every method starts from the same weights and sees the same batches. The rate is chosen on plain back-propagation, on a part held out of the first fold's training photos, for every method.
+seeds). Within a fold every method starts from the same weights and sees the same batches. The learning rate
+is chosen on plain back-propagation, on a part held out of the first fold's training photos, for every method.
 
 "plain" is stock autograd with norms in eval: weights, norm scales and norm shifts learn. Filtered rows learn
 weights and shifts; "plain, shifts only" tells what the scales alone are worth.
@@ -67,9 +68,7 @@ def with_bases(patch_px: int, bases: int) -> Arm:
 
 def published(patch_px: int) -> Arm:
     """The operator as published."""
-    return Arm(
-        "published operator", everywhere(PublishedFilter(patch_px=patch_px)), patch_px, "mean", scales=False
-    )
+    return Arm("published operator", everywhere(PublishedFilter(patch_px=patch_px)), patch_px, "mean", scales=False)
 
 
 PLAIN = Arm("plain")
@@ -178,9 +177,7 @@ def _line(suite: str, identity: Line, bench: Bench, rate: float, seed: int, resu
 
 def best_rate(lines: list[Line], bench: Bench) -> float:
     """The learning rate with the lowest loss on the held-out photos, of those tried for this case."""
-    tried = [
-        line for line in lines if line["suite"] == "transfer-search" and _of(line, bench.case, bench.quick)
-    ]
+    tried = [line for line in lines if line["suite"] == "transfer-search" and _of(line, bench.case, bench.quick)]
     return float(min(tried, key=lambda line: line["test_loss"])["rate"])
 
 
