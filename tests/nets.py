@@ -21,7 +21,8 @@ def scramble(model: nn.Module) -> nn.Module:
     return model
 
 
-def block(i: int, o: int, kernel: int = 3, act: Callable[[], nn.Module] | None = nn.ReLU, **options: int) -> nn.Sequential:
+def block(i: int, o: int, kernel: int = 3, act: Callable[[], nn.Module] | None = nn.ReLU,
+          **options: int) -> nn.Sequential:
     parts = [nn.Conv2d(i, o, kernel, padding=options.pop("padding", kernel // 2), **options), nn.BatchNorm2d(o)]
     return nn.Sequential(*parts, *([act()] if act else []))
 
@@ -68,7 +69,7 @@ class Inverted(nn.Module):
 
 
 class Branching(nn.Module):
-    """A branch that leaves every run (max-pool, concatenation), and a value that an in-place ReLU changes for others."""
+    """A branch that leaves every run (max-pool, concatenation), and an in-place ReLU whose input others read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,4 +120,5 @@ class Untraceable(nn.Module):
         return self.head(x.mean((2, 3)) if float(x.mean()) > -1e9 else x)
 
 
-NETS: dict[str, Callable[[], nn.Module]] = {net.__name__: net for net in (Residual, Inverted, Branching, Opaque, Untraceable)}
+NETS: dict[str, Callable[[], nn.Module]] = {
+    net.__name__: net for net in (Residual, Inverted, Branching, Opaque, Untraceable)}

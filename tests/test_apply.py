@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from nets import NETS, scramble
 from torch import nn
 
 import edgetune as et
@@ -19,6 +18,7 @@ from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.gradient_filter import GradientFilter
 from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.plan import last_layers
+from nets import NETS, scramble
 
 METHODS = [Exact(), GradientFilter(), PooledChain(patch_px=4)]
 

@@ -1,4 +1,4 @@
-"""Every registered method keeps every promise of the contract; a method's own test holds only what is peculiar to it."""
+"""Every registered method keeps every promise of the contract; its own test holds only what is peculiar."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from nets import NETS, scramble
 from torch import nn
 
 import edgetune as et
@@ -14,6 +13,7 @@ from edgetune.contract import HEADINGS, Method, Plan, known_methods
 from edgetune.errors import EdgetuneError, PlanError, Refusal
 from edgetune.graph import Call
 from edgetune.plan import last_layers
+from nets import NETS, scramble
 
 METHODS = known_methods()
 BACKWARD = {name: kind for name, kind in METHODS.items() if kind.family == "backward"}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from geometries import geometries
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgetune.hosts.grid import transfer
 from edgetune.overlap import ConvGeometry, cell_sizes, cells, mean_factors, overlap, same_pads
+from geometries import geometries
 
 
 def layer(**changes: object) -> ConvGeometry:

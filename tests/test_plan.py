@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import NETS, scramble
 from torch import nn
 
 import edgetune as et
@@ -19,6 +18,7 @@ from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.plan import Budget, last_layers, plan
 from edgetune.profile import measure, profile
+from nets import NETS, scramble
 
 choices = st.lists(st.builds(Choice, st.integers(0, 40), st.integers(0, 20).map(float)), min_size=1, max_size=2)
 
@@ -56,7 +56,8 @@ def case() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("share", [0.15, 0.4, 0.8])
-def test_plans_hold_their_budget_when_measured(case: tuple[nn.Module, torch.Tensor, torch.Tensor], share: float) -> None:
+def test_plans_hold_their_budget_when_measured(case: tuple[nn.Module, torch.Tensor, torch.Tensor],
+                                               share: float) -> None:
     model, x, y = case
     budget = int(profile(model, x).peak_bytes * share)
     made = plan(model, x, Budget(memory_bytes=budget), (x, y))

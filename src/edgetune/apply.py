@@ -274,7 +274,7 @@ def _route_module(model: nn.Module, segment: Segment, undo: Undo) -> None:
     """One layer inside a submodule that could not be followed: its own forward becomes the segment."""
     call = segment.calls[0]
     module = model.get_submodule(call.name)
-    if "forward" in module.__dict__ or not call.params and call.kind != "activation":
+    if "forward" in module.__dict__ or (not call.params and call.kind != "activation"):
         return
     run = runner(segment, "segment")
     names = [name.rpartition(".")[2] for name in segment.params]

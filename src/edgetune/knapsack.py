@@ -17,7 +17,8 @@ class Choice:
     learns: bool = True
 
 
-def best_choices(layers: list[list[Choice]], capacity_bytes: int, buckets: int = 2048) -> tuple[float, list[int | None]]:
+def best_choices(layers: list[list[Choice]], capacity_bytes: int,
+                 buckets: int = 2048) -> tuple[float, list[int | None]]:
     """The best choice of each layer under the capacity, and the total gain.
 
     `layers` run from input to output. The first learning layer ends the gradient's way: layers before it are frozen

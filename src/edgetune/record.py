@@ -33,7 +33,8 @@ class Record(Frozen):
         try:
             text = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as failure:
-            raise error(f"'{path}' cannot be read ({failure}): give the path of a file written by edgetune") from failure
+            raise error(f"'{path}' cannot be read ({failure}): "
+                        "give the path of a file written by edgetune") from failure
         try:
             return cls.model_validate_json(text)
         except ValidationError as failure:
@@ -57,7 +58,8 @@ def atomic_write(path: str | Path, content: bytes) -> None:
         os.replace(temporary, target)
     except OSError as failure:
         raise RunError(f"'{target}' cannot be written ({failure.strerror or failure}): "
-                       "free some space or choose another folder with --out; what was there before is untouched") from failure
+                       "free some space or choose another folder with --out; "
+                       "what was there before is untouched") from failure
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)

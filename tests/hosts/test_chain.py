@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nets import NETS, scramble
 from torch import nn
 
 import edgetune as et
@@ -13,6 +12,7 @@ from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.gradient_filter import GradientFilter
 from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.models import load_model
+from nets import NETS, scramble
 
 Gradients = dict[str, torch.Tensor]
 
@@ -26,7 +26,8 @@ def everything(graph: et.Graph, method: Method) -> Plan:
     return Plan(input_shape=graph.input_shape, layers=layers, learns=learns)
 
 
-def run(model: nn.Module, x: torch.Tensor, plan: Plan | None) -> tuple[torch.Tensor, Gradients, torch.Tensor, list[str]]:
+def run(model: nn.Module, x: torch.Tensor,
+        plan: Plan | None) -> tuple[torch.Tensor, Gradients, torch.Tensor, list[str]]:
     """Output, gradients of parameters, gradient of the input, segment names; the model is left without gradients."""
     undo = et.apply(model, plan) if plan else None
     model.eval()
@@ -71,7 +72,8 @@ def test_chain_equals_layer_by_layer(net: tuple[nn.Module, torch.Tensor], patch_
     assert torch.allclose(gx, gx_chain, rtol=1e-9, atol=1e-9 * float(gx.abs().max()))
 
 
-@pytest.mark.parametrize("method", [Exact(), GradientFilter(patch_px=1, taps="grid"), PooledChain(patch_px=1, taps="grid")],
+@pytest.mark.parametrize("method", [Exact(), GradientFilter(patch_px=1, taps="grid"),
+                                    PooledChain(patch_px=1, taps="grid")],
                          ids=["exact", "filter", "chain"])
 def test_hosts_on_single_pixels_equal_autograd(net: tuple[nn.Module, torch.Tensor], method: Method) -> None:
     model, x = net

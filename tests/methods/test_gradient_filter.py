@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from geometries import geometries, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from edgetune.hosts.conv import convolve
 from edgetune.hosts.walsh import analyse, synthesise
 from edgetune.methods.backward.gradient_filter import GradientFilter, input_cell
 from edgetune.overlap import ConvGeometry
+from geometries import geometries, operands
 
 
 def gradients(method: GradientFilter, x: torch.Tensor, w: torch.Tensor, gy: torch.Tensor,
@@ -63,7 +63,8 @@ def test_grid_form_is_exact_for_patch_constant_maps(geometry: ConvGeometry, patc
 def test_mean_form_gives_every_tap_the_mean_of_a_flat_picture(geometry: ConvGeometry, patch_px: int) -> None:
     """On constant maps no averaging loses anything: the mean form then has the exact mean over taps."""
     x, w, gy = operands(geometry)
-    x, gy, w = torch.ones_like(x) * x[:, :, :1, :1], torch.ones_like(gy) * gy[:, :, :1, :1], w[:, :, :1, :1].expand_as(w)
+    x, gy = torch.ones_like(x) * x[:, :, :1, :1], torch.ones_like(gy) * gy[:, :, :1, :1]
+    w = w[:, :, :1, :1].expand_as(w)
     gx, gw = gradients(GradientFilter(patch_px=patch_px), x, w, gy, geometry)
     expected_gx, expected_gw = autograd(x, w, gy, geometry)
     assert torch.allclose(gw, expected_gw.mean((2, 3), keepdim=True).expand_as(gw), atol=1e-9)

@@ -41,8 +41,10 @@ Flow = tuple[Cell, bool]
 class ConvSettings(Protocol):
     """What the host needs to know of a convolution's method."""
 
-    patch_px: int
-    taps: Any
+    @property
+    def patch_px(self) -> int: ...
+    @property
+    def taps(self) -> Any: ...
 
 
 class GridProducts(Protocol):

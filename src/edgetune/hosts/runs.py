@@ -66,8 +66,8 @@ def _reentrant(graph: Graph, owner: dict[str, str]) -> str | None:
         for run in idle:
             del waiting[run]
     for call in reversed(graph.calls):
-        run = owner.get(call.node)
-        if run in waiting and any(owner.get(node, node) in waiting and owner.get(node) != run
+        own = owner.get(call.node)
+        if own in waiting and any(owner.get(node, node) in waiting and owner.get(node) != own
                                   for node in call.inputs):
             return call.node
     return None

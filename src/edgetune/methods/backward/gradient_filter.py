@@ -116,7 +116,8 @@ def grid_grad_input(g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometr
     # taps become further channels of the product: (n, g o/g u v, l) with weight (g o/g u v, i)
     t = t.reshape(n, o * ku * kv, grid[0] * grid[1])
     gx = mix_input(t, weight.permute(0, 2, 3, 1).reshape(o * ku * kv, i), groups)
-    return gx.view(n, geometry.in_channels, *grid) / on(cell_area(geometry.in_hw, input_cell(geometry, patch_px, taps)), g)
+    area = cell_area(geometry.in_hw, input_cell(geometry, patch_px, taps))
+    return gx.view(n, geometry.in_channels, *grid) / on(area, g)
 
 
 def grid_grad_weight(x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry, patch_px: int,
