@@ -6,6 +6,7 @@ the gradients are the same, as nothing in front of the learning part changes.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -162,10 +163,12 @@ def _prepare(model: nn.Module, arm: Arm, sample: torch.Tensor) -> None:
     if arm.plan is not None:
         graph = trace(model, sample)
         apply(model, arm.plan(graph), graph)
-    elif not arm.scales:
-        for layer in model.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.weight.requires_grad_(False)
+        return
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d) and not arm.scales:
+            layer.weight.requires_grad_(False)
+        if isinstance(layer, nn.Conv2d):  # the layout in which stock convolutions are faster
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _train(
@@ -187,13 +190,15 @@ def _train(
         pct_start=WARM_UP,
         cycle_momentum=False,
     )
-    history = []
+    history: list[Line] = []
     for epoch in range(epochs):
         order = [train[i] for i in permutation(len(train), "order", seed, epoch)]
         steps = []
         for chosen in _chunks(order, BATCH):
             steps.append(_step(model, source.seen(chosen, epoch), labels[chosen], optimizer, learned))
             schedule.step()
+            if not math.isfinite(steps[-1][0]):
+                return [*history, {"loss": None, "step": len(steps)}]  # diverged: nothing comes back from that
         losses, norms, times = zip(*steps, strict=True)
         history.append(
             {
