@@ -47,6 +47,7 @@ def apply(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
         raise PlanError("a plan is applied to this model already: call its undo first")
     graph = graph or trace(model, _zeros(model, plan.input_shape))
     _check(model, graph, plan)
+    graph = _without_hooked(model, graph)
     undo = Undo()
     try:
         _choose_what_learns(model, plan, undo)
@@ -111,7 +112,11 @@ def _zeros(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _check(model: nn.Module, graph: Graph, plan: Plan) -> None:
     calls = {call.name: call for call in graph.calls if call.params}
+    hooked = _hooked(model)
     for layer, stack in plan.layers.items():
+        if layer in hooked:
+            raise Refusal(layer, "carries hooks, which a planned backward pass would leave out",
+                          "remove the hooks first, or take the layer out of the plan")
         if layer not in calls:
             raise PlanError(f"the plan speaks of layer '{layer}', which this model does not have or does not call: "
                             "make a plan for this very model with `edgetune plan`")
@@ -124,6 +129,18 @@ def _check(model: nn.Module, graph: Graph, plan: Plan) -> None:
     if missing:
         raise PlanError(f"the plan trains '{sorted(missing)[0]}', which is no parameter of this model: "
                         "make a plan for this very model with `edgetune plan`")
+
+
+def _hooked(model: nn.Module) -> set[str]:
+    """Names of the modules on which someone has registered hooks; calls to them must stay real calls."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {name for name, module in model.named_modules() if name and any(getattr(module, kind) for kind in kinds)}
+
+
+def _without_hooked(model: nn.Module, graph: Graph) -> Graph:
+    hooked = _hooked(model)
+    return graph.model_copy(update={"calls": tuple(
+        call.model_copy(update={"kind": "other"}) if call.name in hooked else call for call in graph.calls)})
 
 
 def _choose_what_learns(model: nn.Module, plan: Plan, undo: Undo) -> None:
