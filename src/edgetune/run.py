@@ -136,6 +136,13 @@ def fresh_folder(parent: str | Path, stem: str) -> Path:
     return next(path for n in itertools.count(1) if not (path := Path(parent) / f"{stem}-{n}").exists())
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a kill in the middle of writing leaves behind: halves of files under hidden names."""
+    for name in (RUN, PLAN, WEIGHTS, "*.checkpoint"):
+        for half in folder.glob(f".{name}.*"):
+            half.unlink(missing_ok=True)
+
+
 def write_tensors(path: Path, tensors: State, about: str = "") -> None:
     """Write tensors, and a text about them, as one safetensors file. Raises RunError when it cannot."""
     whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

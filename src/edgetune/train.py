@@ -38,6 +38,7 @@ from edgetune.run import (
     open_data,
     read_run,
     read_tensors,
+    sweep,
     versions,
     write_tensors,
 )
@@ -209,6 +210,7 @@ class _Job:
     def finish(self, undo: Undo) -> Run:
         """Train both networks from their checkpoints to the end; `undo` takes the plan off the model."""
         device = device_of(self.model)
+        sweep(self.folder)
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 try:
@@ -258,6 +260,7 @@ class _Job:
         leg = self._leg(self.model.train(), PLANNED, saved)
         self.note(status="running")
         leg.run("planned", self.progress)
+        saved(leg.at)  # a kill may have come between the last checkpoint and its weights
         self.note(epochs=leg.at.epochs, accuracy_after=leg.at.epochs[-1].val_accuracy)
 
     def _train_plain(self, plain: Plain) -> None:
