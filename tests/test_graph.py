@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nets import NETS
 from torch import nn
 
 import edgetune as et
@@ -12,6 +11,7 @@ from edgetune.errors import ModelError, Refusal
 from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.models import load_model
 from edgetune.plan import last_layers
+from nets import NETS
 
 
 @pytest.mark.parametrize(("name", "macs"), [("mobilenet_v2", 300_774_272), ("resnet18", 1_814_073_344)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from geometries import geometries, operands
 from hypothesis import given, settings
 from torch.autograd import gradcheck
 
@@ -14,6 +13,7 @@ from edgetune.hosts.segment import SegmentFunction
 from edgetune.methods.backward._template import Rounded
 from edgetune.methods.backward.exact import Exact
 from edgetune.overlap import ConvGeometry
+from geometries import geometries, operands
 
 
 @settings(max_examples=60)
