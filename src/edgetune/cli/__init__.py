@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from edgetune.cli import doctor, explain
+from edgetune.cli import bench, compare, doctor, explain, plan, predict, profile, report, train
+from edgetune.cli import eval as eval_
 from edgetune.cli import list as list_
 from edgetune.cli.program import Program, Verb, examples, paragraphs
 
@@ -16,8 +17,14 @@ app = typer.Typer(
                      "your own photos"),
                     ("edgetune VERB --help", "what a verb does, with examples")))
 
-VERBS = {"explain": (explain.explain, explain.EXAMPLES), "list": (list_.list_, list_.EXAMPLES),
-         "doctor": (doctor.doctor, doctor.EXAMPLES)}
+VERBS = {
+    "train": (train.train, train.EXAMPLES), "eval": (eval_.evaluate, eval_.EXAMPLES),
+    "predict": (predict.predict, predict.EXAMPLES), "compare": (compare.compare, compare.EXAMPLES),
+    "report": (report.report, report.EXAMPLES), "plan": (plan.plan, plan.EXAMPLES),
+    "profile": (profile.profile, profile.EXAMPLES), "bench": (bench.bench, bench.EXAMPLES),
+    "explain": (explain.explain, explain.EXAMPLES), "list": (list_.list_, list_.EXAMPLES),
+    "doctor": (doctor.doctor, doctor.EXAMPLES),
+}
 
 for _name, (_verb, _examples) in VERBS.items():
     app.command(_name, cls=Verb, help=paragraphs(_verb), epilog=examples(*_examples))(_verb)

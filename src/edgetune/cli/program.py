@@ -23,8 +23,10 @@ class Program(TyperGroup):
         try:
             return super().invoke(ctx)
         except EdgetuneError as refusal:
+            from edgetune.run import Interrupted  # not at the top: it brings torch with it
+
             say(str(refusal))
-            raise typer.Exit(REFUSED) from refusal
+            raise typer.Exit(INTERRUPTED if isinstance(refusal, Interrupted) else REFUSED) from refusal
         except KeyboardInterrupt as stop:
             say(str(stop) or "stopped")
             raise typer.Exit(INTERRUPTED) from stop

@@ -1,0 +1,164 @@
+"""From what a person writes after --model, --weights, --data and --method to a network, pictures and a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune.units import parse_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from edgetune.contract import Method, Plan
+    from edgetune.data import Dataset, Preprocess
+    from edgetune.graph import Graph
+    from edgetune.plan import Budget
+
+DEMO_MODEL, DEMO_DATA = "digits_net", "digits"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network ready to be adapted: its head fits the classes, and `story` says in a line where it comes from."""
+
+    model: nn.Module
+    weights: Path | None
+    story: str
+
+
+def preprocess_for(name: str, size: int | None) -> Preprocess:
+    """The pictures that a network expects, at another size where asked for. Raises ModelError for an unknown name."""
+    from edgetune.data import Preprocess
+    from edgetune.models import model_card
+
+    recipe = Preprocess.from_input(model_card(name).input)
+    return recipe if size is None else recipe.model_copy(update={"size": (size, size)})
+
+
+def open_network(name: str, weights: Path | None, classes: int | None, *, trust_pickle: bool = False,
+                 allow_partial: bool = False, seed: int = 0) -> Network:
+    """Build a network, load its weights, and give it a head for `classes` (None: the one it comes with).
+
+    Raises ModelError for an unknown name and WeightsError for a file that does not fit.
+    """
+    import torch
+
+    from edgetune.models import head_classes, load_model, load_weights, replace_head, shipped_weights
+
+    torch.manual_seed(seed)
+    model = load_model(name, classes)
+    path = weights if weights is not None else shipped_weights(name)
+    if classes is not None and head_classes(model) != classes:
+        replace_head(model, classes, seed=seed)
+    if path is None:
+        return Network(model, None, f"{name}, from random weights: name pretrained ones with --weights")
+    loaded = load_weights(model, path, trust_pickle, allow_partial)
+    story = f"{name}, {loaded.loaded} tensors from {path.name}"
+    if loaded.head is not None and not loaded.head_loaded:
+        count = head_classes(model)
+        replace_head(model, count, seed=seed)
+        theirs = "another" if loaded.file_classes is None else f"{loaded.file_classes} classes"
+        story += f"; its head ({theirs}) is replaced by a new one for {count} classes"
+    return Network(model, path, story)
+
+
+def one_batch(data: Dataset, batch_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pictures a plan is calibrated and costs are measured on: x (n c h w) and y (n)."""
+    from edgetune.data import batches
+
+    return next(batches(data.train, min(batch_size, len(data.train)), seed=seed))
+
+
+def method_named(name: str, **settings: Any) -> Method:
+    """A method with those of `settings` that are given. Raises PlanError for a setting that it does not take."""
+    from pydantic import ValidationError
+
+    from edgetune.cli.explain import find_method
+    from edgetune.errors import PlanError
+
+    kind, given = find_method(name), {key: value for key, value in settings.items() if value is not None}
+    if strangers := sorted(set(given) - set(kind.model_fields)):
+        option = "--" + strangers[0].replace("_", "-")
+        raise PlanError(f"method '{kind.method}' has no {option}: it takes "
+                        f"{', '.join('--' + f.replace('_', '-') for f in kind.model_fields) or 'no settings'}")
+    try:
+        return kind(**given)
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        option = "--" + ".".join(map(str, first["loc"])).replace("_", "-")
+        raise PlanError(f"{option} {first['input']} does not hold for method '{kind.method}' ({first['msg']}): "
+                        f"see `edgetune explain {kind.method}`") from failure
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a person says of the plan: a file, a method by hand, or a budget for the planner; nothing means a quarter of
+    the training memory of plain back-propagation."""
+
+    memory: str | None = None
+    step_ms: float | None = None
+    method: str | None = None
+    patch_px: int | None = None
+    taps: str | None = None
+    last: int | None = None
+    file: Path | None = None
+
+    @property
+    def by_hand(self) -> bool:
+        return any(value is not None for value in (self.method, self.patch_px, self.taps, self.last))
+
+    def check(self) -> None:
+        """Refuse wishes that contradict each other, and budgets that are none, before anything is loaded."""
+        from edgetune.errors import BudgetError, PlanError
+
+        planner = self.memory is not None or self.step_ms is not None
+        if self.file is not None and (planner or self.by_hand):
+            raise PlanError("--plan names a finished plan: leave out --memory, --step-ms, --method, --patch-px, --taps and --last")
+        if self.by_hand and planner:
+            raise PlanError("--method, --patch-px, --taps and --last make the plan by hand: leave out --memory and --step-ms, "
+                            "which the planner would keep to")
+        if self.memory is not None:
+            parse_bytes(self.memory)
+        if self.step_ms is not None and self.step_ms <= 0:
+            raise BudgetError(f"--step-ms {self.step_ms:g} leaves no time at all: give a positive number of milliseconds")
+
+
+def make_plan(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> tuple[Plan, Budget]:
+    """The plan for a network and a batch x (n c h w), y (n), with the budget that it was made under."""
+    from edgetune.contract import Plan
+    from edgetune.errors import PlanError
+    from edgetune.plan import Budget, last_layers, plan
+
+    wish.check()
+    if wish.file is not None:
+        import edgetune.methods  # noqa: F401  (methods register themselves)
+
+        return Plan.load(wish.file, PlanError), Budget()
+    if wish.by_hand:
+        method = method_named(wish.method or "pooled_chain", patch_px=wish.patch_px, taps=wish.taps)
+        return last_layers(graph_of(model, x), wish.last, method), Budget()
+    budget = Budget(memory_bytes=_memory(model, x, wish), step_ms=wish.step_ms)
+    return plan(model, x, budget, batch=(x, y)), budget
+
+
+def _memory(model: nn.Module, x: torch.Tensor, wish: Wish) -> int | None:
+    import copy
+
+    from edgetune.costs import unrestrained
+    from edgetune.profile import profile
+
+    if wish.memory is not None:
+        return parse_bytes(wish.memory)
+    if wish.step_ms is not None:
+        return None
+    return profile(unrestrained(copy.deepcopy(model)), x).peak_bytes // 4
+
+
+def graph_of(model: nn.Module, x: torch.Tensor) -> Graph:
+    """The network as its calls on a batch x (n c h w)."""
+    from edgetune.graph import trace
+
+    return trace(model, x)

@@ -1,0 +1,41 @@
+"""Run -> report.html: one file that opens offline, on a desk or a phone, in light or dark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from edgetune.contract import Plan
+from edgetune.errors import EdgetuneError
+from edgetune.graph import trace
+from edgetune.record import atomic_write
+from edgetune.report.choices import LayerView, layer_views
+from edgetune.report.page import Story, page
+from edgetune.run import PLAN, Run, build, read_run
+
+REPORT = "report.html"
+
+__all__ = ["REPORT", "report"]
+
+
+def report(folder: str | Path, model: nn.Module | None = None) -> Path:
+    """Write `report.html` from what a run folder holds; returns its path.
+
+    The network is built again by its name for the picture of the plan, unless `model` gives it; where that cannot be
+    done, the page goes without. Raises RunError when the folder holds no run.
+    """
+    folder = Path(folder)
+    run, plan = read_run(folder), Plan.load(folder / PLAN)
+    story = Story(folder=folder, run=run, plan=plan, views=_views(run, plan, model))
+    atomic_write(folder / REPORT, page(story).encode())
+    return folder / REPORT
+
+
+def _views(run: Run, plan: Plan, model: nn.Module | None) -> tuple[LayerView, ...]:
+    try:
+        network = build(run) if model is None else model
+        return layer_views(trace(network, torch.zeros(1, *run.preprocess.shape)), plan)
+    except EdgetuneError:
+        return ()

@@ -1,0 +1,77 @@
+"""What a plan says of each layer, in words and as a key for its colour: the same in tables, pictures and legends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgetune.contract import Method, Plan
+from edgetune.graph import Call, Graph
+
+FROZEN, EXACT, OTHER = "frozen", "exact", "other"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one layer trains. `key` names its colour: frozen, exact, other, or r2, r4 ... for a patch size."""
+
+    key: str
+    label: str
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """A layer as it is shown: its number from 1, its map (h w) and channels, its choice, and what of it learns."""
+
+    number: int
+    name: str
+    kind: str
+    map_hw: tuple[int, int]
+    channels: int
+    choice: Choice
+    learns: tuple[str, ...]
+
+    @property
+    def map_text(self) -> str:
+        """Channels and map size, such as `64 · 56×56`."""
+        height, width = self.map_hw
+        return f"{self.channels}" if (height, width) == (1, 1) else f"{self.channels} · {height}×{width}"
+
+
+def describe(method: Method | None, learns: tuple[str, ...]) -> Choice:
+    """A layer's method and what learns of it, as a choice."""
+    if method is None or method.method == EXACT:
+        return Choice(EXACT, "exact") if learns else Choice(FROZEN, "frozen")
+    patch_px = getattr(method, "patch_px", None)
+    if patch_px is None:
+        return Choice(OTHER, method.method.replace("_", " "))
+    label = f"filtered, r = {patch_px}"
+    if getattr(method, "taps", "mean") != "mean":
+        label += f", {method.taps} taps"  # type: ignore[attr-defined]
+    if getattr(method, "bases", 1) not in (1, None):
+        label += f", {method.bases} bases"  # type: ignore[attr-defined]
+    if not learns:
+        label += ", passes gradients only"
+    return Choice(f"r{patch_px}", label)
+
+
+def layer_views(graph: Graph, plan: Plan) -> tuple[LayerView, ...]:
+    """Convolutions and linear layers in the order of execution, with what the plan says of them."""
+    shown = [call for call in graph.calls if call.kind in ("conv", "linear")]
+    return tuple(_view(number, call, plan) for number, call in enumerate(shown, 1))
+
+
+def _view(number: int, call: Call, plan: Plan) -> LayerView:
+    size = call.out_shape[2:] if len(call.out_shape) == 4 else (1, 1)
+    learns = plan.learns.get(call.name, ())
+    method = next(iter(plan.layers.get(call.name, ())), None)
+    return LayerView(number=number, name=call.name or call.node, kind=call.kind, map_hw=(size[0], size[1]),
+                     channels=call.out_shape[1] if len(call.out_shape) > 1 else 0, choice=describe(method, learns),
+                     learns=learns)
+
+
+def summary(views: tuple[LayerView, ...]) -> str:
+    """A plan in a line: `3 layers frozen, 1 exact, 6 filtered, r = 2`."""
+    counts: dict[str, int] = {}
+    for view in views:
+        counts[view.choice.label] = counts.get(view.choice.label, 0) + 1
+    return "; ".join(f"{count} {label}" for label, count in counts.items())
