@@ -16,6 +16,14 @@ static inline void put_row(element *to, const element *from, int64_t count, int 
     }
 #endif
     (void)stream;
+#ifndef ET_BF16
+    if (count < 128) {  /* short rows: cheaper than a call */
+        int64_t i = 0;
+        for (; i + 8 <= count; i += 8) v8_store(to + i, v8_load(from + i));
+        if (i < count) part_store(to + i, v8_load(from + i), (int)(count - i));
+        return;
+    }
+#endif
     memcpy(to, from, (size_t)count * sizeof *to);
 }
 
@@ -27,6 +35,19 @@ static inline void fence(int stream) {
 }
 
 static inline void widen(element *row, const element *v, int64_t cells_here, int64_t wide) {
+#ifndef ET_BF16
+    if (wide == 2 || wide == 4) {  /* the row has room for a whole vector beyond its end */
+        for (int64_t k = 0; k < cells_here; k += 8) {
+            v8 low, high, part[4];
+            v8_twice(load8(v + k, (int)least(8, cells_here - k)), &low, &high);
+            v8_twice(low, &part[0], &part[1]);
+            v8_twice(high, &part[2], &part[3]);
+            for (int i = 0; i < wide; i++)
+                v8_store(row + k * wide + 8 * i, wide == 4 ? part[i] : i ? high : low);
+        }
+        return;
+    }
+#endif
     if (wide == 2)
         for (int64_t k = 0; k < cells_here; k++) row[2 * k] = row[2 * k + 1] = v[k];
     else if (wide == 4)
@@ -40,12 +61,14 @@ static inline void widen(element *row, const element *v, int64_t cells_here, int
 static void spread_planes(const void *job, int64_t begin, int64_t end) {
     const spread *spread = job;
     const cells *g = &spread->grid;
-    _Alignas(64) element row[SPREAD_TILE];
+    _Alignas(64) element row[SPREAD_TILE + 32];
     int64_t step = g->cell_w <= SPREAD_TILE ? SPREAD_TILE / g->cell_w : 1;
+    int64_t plane = begin / g->p, p = begin % g->p;
     for (int64_t item = begin; item < end; item++) {
-        int64_t top = item % g->p * g->cell_h, rows = least(g->cell_h, g->h - top);
+        int64_t top = p * g->cell_h, rows = least(g->cell_h, g->h - top);
         const element *v = (const element *)g->x + item * g->q;
-        element *out = (element *)g->out + (item / g->p * g->h + top) * g->w;
+        element *out = (element *)g->out + (plane * g->h + top) * g->w;
+        if (++p == g->p) p = 0, plane++;
         for (int64_t q = 0; q < g->q; q += step) {
             int64_t cells_here = least(step, g->q - q), left = q * g->cell_w;
             int64_t columns = least(cells_here * g->cell_w, g->w - left);
@@ -65,7 +88,7 @@ static void spread_planes(const void *job, int64_t begin, int64_t end) {
 /* Channels last: a tile of cells is turned around, then copied pixel by pixel. */
 static void spread_tile(const spread *spread, int64_t image, int64_t p, int64_t q, int64_t channel) {
     const cells *g = &spread->grid;
-    _Alignas(64) element tile[TILE_CELLS][TILE_CHANNELS];
+    _Alignas(64) element tile[TILE_CELLS][TILE_CHANNELS + 8];
     int64_t top = p * g->cell_h, rows = least(g->cell_h, g->h - top);
     int64_t cells_here = least(TILE_CELLS, g->q - q), channels = least(TILE_CHANNELS, g->c - channel);
     for (int64_t j = 0; j < channels; j++) {

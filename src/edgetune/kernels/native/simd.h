@@ -25,6 +25,11 @@ static inline v8 v8_evens(v8 a, v8 b) {
     __m256d mixed = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
     return _mm256_castpd_ps(_mm256_permute4x64_pd(mixed, 0xd8));
 }
+/* a0 a0 a1 a1 a2 a2 a3 a3, and the same of a4..a7 */
+static inline void v8_twice(v8 a, v8 *low, v8 *high) {
+    *low = _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+    *high = _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
+}
 /* Whole numbers 0..255 as bytes. */
 static inline void v8_bytes(uint8_t *p, v8 a) {
     __m256i whole = _mm256_cvttps_epi32(a);
@@ -85,6 +90,10 @@ static inline void v8_store(float *p, v8 x) { vst1q_f32(p, x.a); vst1q_f32(p + 4
 static inline v8 v8_add(v8 x, v8 y) { return (v8){vaddq_f32(x.a, y.a), vaddq_f32(x.b, y.b)}; }
 static inline v8 v8_mul(v8 x, v8 y) { return (v8){vmulq_f32(x.a, y.a), vmulq_f32(x.b, y.b)}; }
 static inline v8 v8_pairs(v8 x, v8 y) { return (v8){vpaddq_f32(x.a, x.b), vpaddq_f32(y.a, y.b)}; }
+static inline void v8_twice(v8 x, v8 *low, v8 *high) {
+    *low = (v8){vzip1q_f32(x.a, x.a), vzip2q_f32(x.a, x.a)};
+    *high = (v8){vzip1q_f32(x.b, x.b), vzip2q_f32(x.b, x.b)};
+}
 static inline v8 v8_evens(v8 x, v8 y) { return (v8){vuzp1q_f32(x.a, x.b), vuzp1q_f32(y.a, y.b)}; }
 static inline void v8_bytes(uint8_t *p, v8 x) {
     uint16x8_t half = vcombine_u16(vmovn_u32(vcvtq_u32_f32(x.a)), vmovn_u32(vcvtq_u32_f32(x.b)));
@@ -142,6 +151,11 @@ static inline v8 v8_evens(v8 a, v8 b) {
         r.lane[i + 4] = b.lane[2 * i];
     }
     return r;
+}
+static inline void v8_twice(v8 a, v8 *low, v8 *high) {
+    v8 both = a;
+    EACH low->lane[i] = both.lane[i / 2];
+    EACH high->lane[i] = both.lane[4 + i / 2];
 }
 static inline void v8_bytes(uint8_t *p, v8 a) { EACH p[i] = (uint8_t)a.lane[i]; }
 static inline void v8_challenge(v8 *best, v8 *where, v8 v, v8 position) {

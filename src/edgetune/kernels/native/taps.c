@@ -21,7 +21,8 @@ static inline void sum_each(const tap_job *job, int64_t begin, int64_t end, int6
 
 static void tap_sums(const void *job, int64_t begin, int64_t end) {
     const tap_job *taps = job;
-    if (taps->taps == 9) sum_each(taps, begin, end, 9);
+    if (taps->taps == 1) memcpy(taps->to + begin, taps->from + begin, (size_t)(end - begin) * sizeof *taps->to);
+    else if (taps->taps == 9) sum_each(taps, begin, end, 9);
     else if (taps->taps == 25) sum_each(taps, begin, end, 25);
     else sum_each(taps, begin, end, taps->taps);
 }
@@ -33,7 +34,8 @@ static inline void spread_each(const tap_job *job, int64_t begin, int64_t end, i
 
 static void tap_copies(const void *job, int64_t begin, int64_t end) {
     const tap_job *taps = job;
-    if (taps->taps == 9) spread_each(taps, begin, end, 9);
+    if (taps->taps == 1) memcpy(taps->to + begin, taps->from + begin, (size_t)(end - begin) * sizeof *taps->to);
+    else if (taps->taps == 9) spread_each(taps, begin, end, 9);
     else spread_each(taps, begin, end, taps->taps);
 }
 
