@@ -20,13 +20,14 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from edgetune.apply import routed_graph
 from edgetune.contract import Segment
 from edgetune.graph import Graph, follow
 from edgetune.hosts.cursor import current_call, working_on
 from edgetune.kernels import status
 from edgetune.kernels.native import SUFFIX
 from edgetune.kernels.schema import OPS
+from edgetune.route import routed_graph
+from edgetune.scratch import scratch_bytes
 
 LOSS = "loss"
 """The owner of what the loss function itself keeps."""
@@ -48,6 +49,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
+        if self.device.type == "cpu" and args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes + scratch_bytes(func, args))
         out = self._run(func, args, kwargs or {})
         given = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(out):
@@ -62,7 +65,7 @@ class Ledger(TorchDispatchMode):
                     return OPS[func._schema.name.split("::")[1]].fallback(*args, **kwargs)
             if func is aten.native_batch_norm.default and not args[5] and self.device.type == "cpu":
                 # on a CPU a norm in evaluation saves no batch statistics; on meta it does, 8 bytes a channel
-                return func(*args, **kwargs)[0], args[0].new_empty(0), args[0].new_empty(0)
+                return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
         return func(*args, **kwargs)
 
     def _allocated(self, storage: torch.UntypedStorage) -> None:
