@@ -1,20 +1,18 @@
 """The chain host: a run of calls forward on full maps, backward on the patch grid.
 
-`schedule` decides once, from the graph, how each activation is kept: as open counts a patch where its gradient
-arrives constant on patches and is projected at once, as bits elsewhere. `ChainRule` then runs the calls.
+Each kind of call has one function forward and one backward; what an activation keeps is the schedule's decision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 
 from edgetune import kernels
 from edgetune.contract import Needs, Segment, Tensors
-from edgetune.graph import Call, Graph
+from edgetune.graph import Call
 from edgetune.hosts.conv import convolve
 from edgetune.hosts.cursor import working_on
 from edgetune.hosts.grid import (
@@ -26,100 +24,12 @@ from edgetune.hosts.grid import (
     merge,
     on,
     project,
-    refines,
     scale,
     spread,
 )
 from edgetune.hosts.pointwise import activate, norm_scale, normalise, per_channel, slope
-from edgetune.overlap import ConvGeometry
+from edgetune.hosts.schedule import ConvSettings, GridProducts, Schedule
 from edgetune.recognise import MASKS
-
-Flow = tuple[Cell, bool]
-"""How a gradient arrives: the cells it is constant on, and whether bits mask it."""
-
-
-class ConvSettings(Protocol):
-    """What the host needs to know of a convolution's method."""
-
-    @property
-    def patch_px(self) -> int: ...
-    @property
-    def taps(self) -> Any: ...
-
-
-class GridProducts(Protocol):
-    """The two products of a convolution's backward pass on the grid."""
-
-    def input_cell(self, geometry: ConvGeometry, patch_px: int, taps: Any) -> Cell: ...
-    def grad_input(self, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry, patch_px: int,
-                   taps: Any) -> torch.Tensor: ...
-    def grad_weight(self, x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry, patch_px: int,
-                    taps: Any) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """`cells`: where a value's gradient is projected; `counted`: activations and gates kept on these cells;
-    `refused`: calls that cannot be part of the run."""
-
-    cells: Mapping[str, Cell]
-    counted: Mapping[str, Cell]
-    refused: frozenset[str]
-
-
-def schedule(graph: Graph, run: tuple[Call, ...], settings: Mapping[str, ConvSettings],
-             grid: GridProducts) -> Schedule:
-    """Walk the run backward once and decide what each call keeps."""
-    inside = {call.node for call in run}
-    cells = _projection_cells(run, settings)
-    flows: dict[str, list[Flow]] = {call.node: [(PIXEL, False)] for call in run
-                                    if any(reader not in inside for reader in call.consumers)}
-    counted: dict[str, Cell] = {}
-    refused: set[str] = set()
-    for call in reversed(run):
-        arriving = flows.get(call.node, [])
-        hw = (call.out_shape[2], call.out_shape[3]) if len(call.out_shape) == 4 else PIXEL
-        leaving = [arriving] * len(call.inputs)
-        if call.kind == "conv":
-            assert call.geometry is not None
-            own = settings[call.node]
-            leaving = [[(grid.input_cell(call.geometry, own.patch_px, own.taps), False)]]
-        elif call.kind == "norm" and call.inputs[0] in cells:
-            leaving = [[(cells[call.inputs[0]], False)]]
-        elif call.kind == "mean":
-            leaving = [[((call.in_shapes[0][2], call.in_shapes[0][3]), False)]]
-        elif call.kind == "activation":
-            cell = cells.get(call.inputs[0])
-            constant = cell is not None and all(not masked and c != PIXEL and refines(hw, c, cell)
-                                                for c, masked in arriving)
-            if constant and cell is not None and (call.function not in MASKS or cell[0] * cell[1] >= 8):
-                counted[call.node] = cell
-                leaving = [[(cell, False)]]
-            elif call.function in MASKS:
-                leaving = [[(c, True) for c, _ in arriving]]
-            else:
-                refused.add(call.node)
-        elif call.kind == "scale":
-            if len(set(arriving)) == 1 and not arriving[0][1] and arriving[0][0] != PIXEL:
-                counted[call.node] = arriving[0][0]
-            else:
-                refused.add(call.node)
-        for node, flow in zip(call.inputs, leaving, strict=True):
-            flows.setdefault(node, []).extend(flow)
-    return Schedule(cells, counted, frozenset(refused))
-
-
-def _projection_cells(run: tuple[Call, ...], settings: Mapping[str, ConvSettings]) -> dict[str, Cell]:
-    """Values that go straight down to one convolution's output (through norms only), with its patch."""
-    cells: dict[str, Cell] = {}
-    for call in run:
-        if len(call.consumers) > 1 or not call.consumers:
-            continue
-        if call.kind == "conv":
-            cells[call.node] = (settings[call.node].patch_px,) * 2
-        elif call.kind == "norm" and call.inputs[0] in cells:
-            cells[call.node] = cells[call.inputs[0]]
-    return cells
 
 
 @dataclass

@@ -32,8 +32,9 @@ from __future__ import annotations
 
 from edgetune.contract import Plan, Segment
 from edgetune.graph import Call, Graph
-from edgetune.hosts.chain import ChainRule, Schedule, schedule
+from edgetune.hosts.chain import ChainRule
 from edgetune.hosts.runs import convex_runs
+from edgetune.hosts.schedule import Schedule, schedule
 from edgetune.methods.backward.gradient_filter import (
     GradientFilter,
     grid_grad_input,

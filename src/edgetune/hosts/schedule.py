@@ -1,0 +1,117 @@
+"""How a chain keeps its activations, decided once from the graph.
+
+Walking the run backward shows how each gradient arrives: constant on which cells, masked by bits or not. An
+activation whose gradient arrives constant and is projected at once keeps its open counts a patch; others keep bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from edgetune.graph import Call, Graph
+from edgetune.hosts.grid import PIXEL, Cell, refines
+from edgetune.overlap import ConvGeometry
+from edgetune.recognise import MASKS
+
+Flow = tuple[Cell, bool]
+"""How a gradient arrives: the cells it is constant on, and whether bits mask it."""
+
+
+class ConvSettings(Protocol):
+    """What the host needs to know of a convolution's method."""
+
+    @property
+    def patch_px(self) -> int: ...
+    @property
+    def taps(self) -> Any: ...
+
+
+class GridProducts(Protocol):
+    """The two products of a convolution's backward pass on the grid."""
+
+    def input_cell(self, geometry: ConvGeometry, patch_px: int, taps: Any) -> Cell: ...
+    def grad_input(self, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry, patch_px: int,
+                   taps: Any) -> torch.Tensor: ...
+    def grad_weight(self, x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry, patch_px: int,
+                    taps: Any) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`cells`: where a value's gradient is projected; `counted`: activations and gates kept on these cells;
+    `refused`: calls that cannot be part of the run."""
+
+    cells: Mapping[str, Cell]
+    counted: Mapping[str, Cell]
+    refused: frozenset[str]
+
+
+def schedule(graph: Graph, run: tuple[Call, ...], settings: Mapping[str, ConvSettings],
+             grid: GridProducts) -> Schedule:
+    """Walk the run backward once and decide what each call keeps."""
+    inside = {call.node for call in run}
+    cells = _projection_cells(run, settings)
+    flows: dict[str, list[Flow]] = {call.node: [(PIXEL, False)] for call in run
+                                    if any(reader not in inside for reader in call.consumers)}
+    counted: dict[str, Cell] = {}
+    refused: set[str] = set()
+    for call in reversed(run):
+        arriving = flows.get(call.node, [])
+        if call.kind in ("activation", "scale") and (cell := _counting_cell(call, arriving, cells)) is not None:
+            counted[call.node] = cell
+        elif call.kind == "scale" or (call.kind == "activation" and call.function not in MASKS):
+            refused.add(call.node)
+        for node, flow in zip(call.inputs, _leaving(call, arriving, cells, counted, settings, grid), strict=True):
+            flows.setdefault(node, []).extend(flow)
+    return Schedule(cells, counted, frozenset(refused))
+
+
+def _counting_cell(call: Call, arriving: list[Flow], cells: Mapping[str, Cell]) -> Cell | None:
+    """The cells on which an activation's open counts, or a gate's means, are all that backward needs; else None."""
+    if any(masked or cell == PIXEL for cell, masked in arriving):
+        return None
+    if call.kind == "scale":
+        return arriving[0][0] if len(set(arriving)) == 1 else None
+    cell = cells.get(call.inputs[0])
+    if cell is None or not all(refines(_map_size(call), coarse, cell) for coarse, _ in arriving):
+        return None
+    # one byte a patch against one bit a value: whichever is smaller
+    return cell if call.function not in MASKS or cell[0] * cell[1] >= 8 else None
+
+
+def _leaving(call: Call, arriving: list[Flow], cells: Mapping[str, Cell], counted: Mapping[str, Cell],
+             settings: Mapping[str, ConvSettings], grid: GridProducts) -> list[list[Flow]]:
+    """How the gradient goes on to each input."""
+    if call.kind == "conv":
+        assert call.geometry is not None
+        own = settings[call.node]
+        return [[(grid.input_cell(call.geometry, own.patch_px, own.taps), False)]]
+    if call.kind == "norm" and call.inputs[0] in cells:
+        return [[(cells[call.inputs[0]], False)]]
+    if call.kind == "mean":
+        return [[((call.in_shapes[0][2], call.in_shapes[0][3]), False)]]
+    if call.kind == "activation":
+        cell = counted.get(call.node)
+        return [[(c, True) for c, _ in arriving] if cell is None else [(cell, False)]]
+    return [arriving] * len(call.inputs)
+
+
+def _map_size(call: Call) -> tuple[int, int]:
+    return (call.out_shape[2], call.out_shape[3]) if len(call.out_shape) == 4 else PIXEL
+
+
+def _projection_cells(run: tuple[Call, ...], settings: Mapping[str, ConvSettings]) -> dict[str, Cell]:
+    """Values that go straight down to one convolution's output (through norms only), with its patch."""
+    cells: dict[str, Cell] = {}
+    for call in run:
+        if len(call.consumers) > 1 or not call.consumers:
+            continue
+        if call.kind == "conv":
+            cells[call.node] = (settings[call.node].patch_px,) * 2
+        elif call.kind == "norm" and call.inputs[0] in cells:
+            cells[call.node] = cells[call.inputs[0]]
+    return cells

@@ -1,0 +1,147 @@
+"""Running a model's own graph with planned segments in it: code is generated once, and looked up by mode.
+
+Modules keep their types and their names; the model's `forward` becomes the generated code wherever gradients are
+wanted, and stays its own elsewhere.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from edgetune.contract import Segment
+from edgetune.errors import Refusal
+from edgetune.graph import follow
+from edgetune.hosts.segment import runner
+
+
+def route(model: nn.Module, segments: list[Segment]) -> Callable[[], None]:
+    """Give the model a forward in which every segment is one call; returns the way back."""
+    if not segments:
+        return lambda: None
+    graphs = {mode: _planned(model, mode, segments) for mode in (False, True)}
+    code = {mode: _compiled(model, graph) for mode, graph in graphs.items()}
+    instance_forward = model.__dict__.get("forward")
+    model.__dict__["_edgetune"] = _Routes(code, graphs, instance_forward)
+    model.forward = types.MethodType(_routed_forward, model)
+
+    def restore() -> None:
+        del model.__dict__["_edgetune"], model.__dict__["forward"]
+        if instance_forward is not None:
+            model.forward = instance_forward
+    return restore
+
+
+@dataclass(frozen=True)
+class _Routes:
+    code: dict[bool, Callable[..., Any]]
+    graphs: dict[bool, fx.Graph]
+    instance_forward: Callable[..., Any] | None
+
+
+def _routed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    routes: _Routes = self.__dict__["_edgetune"]
+    if torch.is_grad_enabled():
+        return routes.code[self.training](self, *args, **kwargs)
+    if routes.instance_forward is not None:
+        return routes.instance_forward(*args, **kwargs)
+    return type(self).forward(self, *args, **kwargs)
+
+
+def routed_graph(model: nn.Module) -> fx.Graph | None:
+    """The graph that an applied model runs in its present mode; None where it runs its own forward."""
+    routes: _Routes | None = model.__dict__.get("_edgetune")
+    return None if routes is None else routes.graphs[model.training]
+
+
+def _planned(model: nn.Module, training: bool, segments: list[Segment]) -> fx.Graph:
+    """The model's own graph with its segments put in, as single calls."""
+    before = model.training
+    model.train(training)
+    try:
+        graph, _ = follow(model)
+    finally:
+        model.train(before)
+    assert graph is not None
+    nodes = {node.name: node for node in graph.nodes}
+    for number, segment in enumerate(segments):
+        unknown = [call.node for call in segment.calls if call.node not in nodes]
+        if unknown:
+            raise Refusal(segment.name, "is called differently in training than in evaluation",
+                          "leave it out of the plan")
+        _replace(graph, nodes, segment, number)
+    _sort(graph)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
+    graph.lint()
+    return graph
+
+
+def _compiled(model: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    """The graph's source code as a function of the model."""
+    source = graph.python_code("self")
+    scope: dict[str, Any] = dict(source.globals)
+    exec(compile(source.src, f"<edgetune forward of {type(model).__name__}>", "exec"), scope)
+    forward: Callable[..., Any] = scope["forward"]
+    return forward
+
+
+def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], segment: Segment, number: int) -> None:
+    last = nodes[segment.calls[-1].node]
+    with graph.inserting_after(last):
+        call = graph.create_node("call_function", runner(segment, f"segment_{number}"), name=f"segment_{number}")
+    with graph.inserting_before(call):
+        params = tuple(graph.create_node("get_attr", name) for name in segment.params)
+    call.args = (*(nodes[name] for name in segment.inputs), *params)
+    for index, name in enumerate(segment.outputs):
+        value = call
+        if len(segment.outputs) > 1:
+            with graph.inserting_after(call):
+                value = graph.create_node("call_function", _pick, (call, index), name=f"segment_{number}_{index}")
+        nodes[name].replace_all_uses_with(value, delete_user_cb=lambda user: user is not call)
+        stale, nodes[name] = nodes[name], value
+        nodes[f"stale:{stale.name}"] = stale
+    for member in reversed(segment.calls):
+        node = nodes.pop(f"stale:{member.node}", None) or nodes[member.node]
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _pick(values: tuple[torch.Tensor, ...], index: int) -> torch.Tensor:
+    return values[index]
+
+
+def _sort(graph: fx.Graph) -> None:
+    """Put every node after all that it reads, otherwise keeping the order."""
+    *waiting, end = graph.nodes
+    placed: set[fx.Node] = set()
+    while waiting:
+        ready = next(node for node in waiting if placed.issuperset(node.all_input_nodes))
+        end.prepend(ready)
+        placed.add(ready)
+        waiting.remove(ready)
+
+
+def route_module(model: nn.Module, segment: Segment) -> Callable[[], None]:
+    """One layer inside a submodule that could not be followed: its own forward becomes the segment."""
+    call = segment.calls[0]
+    module = model.get_submodule(call.name)
+    if "forward" in module.__dict__ or (not call.params and call.kind != "activation"):
+        return lambda: None
+    run = runner(segment, "segment")
+    names = [name.rpartition(".")[2] for name in segment.params]
+
+    def forward(self: nn.Module, x: torch.Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return type(self).forward(self, x)
+        return run(x, *(getattr(self, name) for name in names))
+
+    module.forward = types.MethodType(forward, module)
+
+    def restore() -> None:
+        del module.__dict__["forward"]
+    return restore
