@@ -30,7 +30,8 @@ Reference
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -39,6 +40,7 @@ from edgetune import kernels
 from edgetune.contract import LayerMethod
 from edgetune.graph import Call
 from edgetune.hosts.grid import PIXEL, Cell, cell_area, on
+from edgetune.hosts.products import by_channel, mix_input, mix_weight, scaled_by_channel
 from edgetune.hosts.walsh import analyse, fold_bases, synthesise
 from edgetune.overlap import ConvGeometry, cells, mean_factors, overlap
 
@@ -52,22 +54,52 @@ def input_cell(geometry: ConvGeometry, patch_px: int, taps: Taps) -> Cell:
     return patch_px * geometry.stride[0], patch_px * geometry.stride[1]
 
 
-def received_mean(g: torch.Tensor, geometry: ConvGeometry, patch_px: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean form: g (n o p q) as the input gradient and as the weight gradient read it, on the input's cells.
+class Received(NamedTuple):
+    """Mean form: g as the input gradient reads it, and as the weight gradient does, which is `factor` times `weight`."""
+
+    input: torch.Tensor
+    weight: torch.Tensor
+    factor: float
+
+
+class _Factors(NamedTuple):
+    """What g is multiplied by, (p q); None where that is 1 everywhere. `ratio`: weight = ratio * input everywhere."""
+
+    input: torch.Tensor | None
+    weight: torch.Tensor
+    ratio: float | None
+
+
+def received_mean(g: torch.Tensor, geometry: ConvGeometry, patch_px: int) -> Received:
+    """Mean form: g (n o p q) on the input's cells, laid out channel by channel.
 
     Where output and input have equally many cells each keeps its own factor; elsewhere (a valid convolution on a
     small map) the overlap table itself carries g to the input's cells.
     """
+    factors = _factors(geometry, patch_px, g.dtype, g.device)
+    if factors is not None:
+        to_input = scaled_by_channel(g, factors.input)
+        if factors.ratio is not None:
+            return Received(to_input, to_input, factors.ratio)
+        return Received(to_input, scaled_by_channel(g, factors.weight), 1.0)
+    cell_in = input_cell(geometry, patch_px, "mean")
+    rows, columns = (on(overlap(geometry, axis, patch_px, cell_in[axis]).mean(0), g) for axis in (0, 1))
+    carried = rows.T @ g @ columns
+    return Received(carried / on(cell_area(geometry.in_hw, cell_in), g), carried, 1.0)
+
+
+@lru_cache(maxsize=4096)
+def _factors(geometry: ConvGeometry, patch_px: int, dtype: torch.dtype, device: torch.device) -> _Factors | None:
+    """The factors of a layer's cells, or None where output and input do not have equally many cells."""
     cell_in = input_cell(geometry, patch_px, "mean")
     grid_out = tuple(cells(size, patch_px) for size in geometry.out_hw)
-    grid_in = tuple(cells(size, c) for size, c in zip(geometry.in_hw, cell_in, strict=True))
-    if grid_out == grid_in:
-        rows, columns = (mean_factors(geometry, axis, patch_px, cell_in[axis]) for axis in (0, 1))
-        m, n = rows[0][:, None] * columns[0], rows[1][:, None] * columns[1]
-        return g * on(m, g), g * on(n, g)
-    rows_o, columns_o = (overlap(geometry, axis, patch_px, cell_in[axis]).mean(0) for axis in (0, 1))
-    carried = on(rows_o, g).T @ g @ on(columns_o, g)
-    return carried / on(cell_area(geometry.in_hw, cell_in), g), carried
+    if grid_out != tuple(cells(size, c) for size, c in zip(geometry.in_hw, cell_in, strict=True)):
+        return None
+    rows, columns = (mean_factors(geometry, axis, patch_px, cell_in[axis]) for axis in (0, 1))
+    m, n = rows[0][:, None] * columns[0], rows[1][:, None] * columns[1]
+    ratio = float(n.max() / m.max()) if m.numel() and float(m.max()) > 0 else 1.0
+    return _Factors(input=None if bool((m == 1).all()) else m.to(device, dtype), weight=n.to(device, dtype),
+                    ratio=ratio if torch.allclose(n, ratio * m, rtol=1e-12, atol=0) else None)
 
 
 def received_grid(g: torch.Tensor, geometry: ConvGeometry, patch_px: int) -> torch.Tensor:
@@ -78,30 +110,6 @@ def received_grid(g: torch.Tensor, geometry: ConvGeometry, patch_px: int) -> tor
     return torch.einsum("nopvx,upy->nouvyx", carried, rows)
 
 
-def mix_input(t: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """(n o l) with weight (o i), in groups -> (n c l): the transposed channel product."""
-    n, o, length = t.shape
-    i = weight.shape[1]
-    if groups == 1:
-        return torch.matmul(weight.T, t)
-    if i == 1:
-        return (t.view(n, groups, o // groups, length) * weight.view(1, groups, -1, 1)).sum(2)
-    w = weight.view(groups, o // groups, i).transpose(1, 2)
-    return torch.matmul(w, t.view(n, groups, o // groups, length)).view(n, groups * i, length)
-
-
-def mix_weight(t: torch.Tensor, x: torch.Tensor, groups: int) -> torch.Tensor:
-    """(n o l) and x (n c l), in groups -> (o i): the product over samples and cells."""
-    n, o, length = t.shape
-    i = x.shape[1] // groups
-    if groups == 1:
-        return t.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).T
-    per_group = t.view(n, groups, o // groups, length)
-    if i == 1:
-        return (per_group * x.view(n, groups, 1, length)).sum((0, 3)).view(o, 1)
-    return torch.einsum("ngol,ngil->goi", per_group, x.view(n, groups, i, length)).reshape(o, i)
-
-
 def grid_grad_input(g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry, patch_px: int,
                     taps: Taps) -> torch.Tensor:
     """Patch means of gx, (n c p' q'), from patch means of gy, (n o p q)."""
@@ -109,7 +117,7 @@ def grid_grad_input(g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometr
     o, i, ku, kv = weight.shape
     weight = weight.to(g.dtype)
     if taps == "mean":
-        t, _ = received_mean(g, geometry, patch_px)
+        t = received_mean(g, geometry, patch_px).input
         return mix_input(t.flatten(2), kernels.tap_sum(weight), groups).view(n, geometry.in_channels, *t.shape[2:])
     t = received_grid(g, geometry, patch_px)
     grid = t.shape[4:]
@@ -127,8 +135,8 @@ def grid_grad_weight(x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry, p
     ku, kv = geometry.kernel
     x = x.to(g.dtype).flatten(2)
     if taps == "mean":
-        _, t = received_mean(g, geometry, patch_px)
-        return kernels.tap_spread(mix_weight(t.flatten(2), x, geometry.groups), ku, kv)
+        _, t, factor = received_mean(g, geometry, patch_px)
+        return kernels.tap_spread(mix_weight(t.flatten(2), x, geometry.groups, factor), ku, kv)
     t = received_grid(g, geometry, patch_px).flatten(4).flatten(1, 3)
     gw = mix_weight(t, x, geometry.groups)
     return gw.view(o, ku, kv, i).permute(0, 3, 1, 2).contiguous()
@@ -145,9 +153,9 @@ def grid_backward(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor, geomet
     if taps == "grid":
         return (grid_grad_input(g, weight, geometry, patch_px, taps),
                 grid_grad_weight(x, g, geometry, patch_px, taps))
-    to_input, to_weight = received_mean(g, geometry, patch_px)
+    to_input, to_weight, factor = received_mean(g, geometry, patch_px)
     gx = mix_input(to_input.flatten(2), kernels.tap_sum(weight.to(g.dtype)), geometry.groups)
-    gw = mix_weight(to_weight.flatten(2), x.to(g.dtype).flatten(2), geometry.groups)
+    gw = mix_weight(to_weight.flatten(2), x.to(g.dtype).flatten(2), geometry.groups, factor)
     return gx.view(n, c, *to_input.shape[2:]), gw.view(o, i)
 
 
@@ -191,5 +199,5 @@ class GradientFilter(LayerMethod):
 
     def _analyse(self, x: torch.Tensor, cell: Cell) -> torch.Tensor:
         if self.bases == 1:
-            return kernels.patch_mean(x, *cell)
+            return by_channel(kernels.patch_mean(x, *cell))
         return analyse(x, cell, self.bases)
