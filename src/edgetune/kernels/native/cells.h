@@ -106,35 +106,37 @@ static void FN(planes_)(const void *job, int64_t begin, int64_t end) {
     }
 }
 
-/* Channels last: the terms of `count` channels, added over the pixels of a cell. */
-AHEAD v8 FN(pixels8_)(const cells *walk, int64_t at, int64_t rows, int64_t columns, int count) {
-    int64_t next = walk->c * walk->cell_w * FETCH_CELLS;
-    v8 sum = v8_all(0);
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t column = 0; column < columns; column++) {
-            int64_t here = at + (row * walk->w + column) * walk->c;
-            if (walk->x) __builtin_prefetch((const element *)walk->x + here + next);
-            sum = v8_add(sum, LOAD(here, count));
-        }
+/* Channels last: the terms of `count` channels, added over the pixels that a cell has in one row. */
+AHEAD v8 FN(pixels8_)(const cells *walk, int64_t at, int64_t columns, int count) {
+    v8 sum = LOAD(at, count);
+    for (int64_t column = 1; column < columns; column++) sum = v8_add(sum, LOAD(at + column * walk->c, count));
     return sum;
 }
 
-/* A tile of neighbouring cells and channels: summed along the channels, then written along the cells. */
+/* Adds one row of a cell to the sums of its channels. */
+AHEAD void FN(cell_row_)(const cells *walk, int64_t at, int64_t columns, int64_t channels, float *sums, int first) {
+    FN(fetch_)(walk, at, columns * walk->c);
+    for (int64_t j = 0; j < channels; j += 8) {
+        int count = (int)least(8, channels - j);
+        v8 sum = count == 8 ? FN(pixels8_)(walk, at + j, columns, 8) : FN(pixels8_)(walk, at + j, columns, count);
+        v8_store(sums + j, first ? sum : v8_add(v8_load(sums + j), sum));
+    }
+}
+
+/* A tile of neighbouring cells and channels: read row by row, as it lies in memory, then written cell by cell. */
 static void FN(tile_)(const cells *walk, int64_t image, int64_t p, int64_t q, int64_t channel) {
-    float tile[TILE_CELLS][TILE_CHANNELS + 8];
+    float tile[TILE_CELLS][TILE_CHANNELS + 8], scale[TILE_CELLS];
     int64_t top = p * walk->cell_h, rows = least(walk->cell_h, walk->h - top);
     int64_t cells_here = least(TILE_CELLS, walk->q - q), channels = least(TILE_CHANNELS, walk->c - channel);
-    float scale[TILE_CELLS];
-    for (int64_t k = 0; k < cells_here; k++) {
-        int64_t left = (q + k) * walk->cell_w, columns = least(walk->cell_w, walk->w - left), j = 0;
-        int64_t at = ((image * walk->h + top) * walk->w + left) * walk->c + channel;
-        scale[k] = 1.0f / (float)(rows * columns);
-        if (rows == 2 && columns == 2)
-            for (; j + 8 <= channels; j += 8) v8_store(&tile[k][j], FN(pixels8_)(walk, at + j, 2, 2, 8));
-        for (; j + 8 <= channels; j += 8) v8_store(&tile[k][j], FN(pixels8_)(walk, at + j, rows, columns, 8));
-        if (j < channels)
-            v8_store(&tile[k][j], FN(pixels8_)(walk, at + j, rows, columns, (int)(channels - j)));
-    }
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t k = 0; k < cells_here; k++) {
+            int64_t left = (q + k) * walk->cell_w, columns = least(walk->cell_w, walk->w - left);
+            int64_t at = ((image * walk->h + top + row) * walk->w + left) * walk->c + channel;
+            scale[k] = 1.0f / (float)(rows * columns);
+            if (columns == 2) FN(cell_row_)(walk, at, 2, channels, tile[k], row == 0);
+            else if (columns == 4) FN(cell_row_)(walk, at, 4, channels, tile[k], row == 0);
+            else FN(cell_row_)(walk, at, columns, channels, tile[k], row == 0);
+        }
     for (int64_t j = 0; j < channels; j++) {
         int64_t to = ((image * walk->c + channel + j) * walk->p + p) * walk->q + q;
         for (int64_t k = 0; k < cells_here; k++) PUT(to + k, tile[k][j], scale[k]);

@@ -12,7 +12,7 @@ typedef struct {
     float low, high;
 } cells;
 enum { TILE = 512, TILE_CELLS = 16, TILE_CHANNELS = 128 };
-enum { LINE = 64 / (int)sizeof(element), FETCH_LINES = 64, FETCH_CELLS = 4 };
+enum { LINE = 64 / (int)sizeof(element), FETCH_LINES = 64 };
 #define AHEAD static inline __attribute__((always_inline))
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
