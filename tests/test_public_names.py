@@ -34,12 +34,17 @@ def test_functions_are_not_hidden_by_their_modules(name: str) -> None:
 
 
 def test_import_alone_does_not_load_torch() -> None:
-    assert run_python("import sys, edgetune, edgetune.cli; print([m for m in ('torch', 'numpy') if m in sys.modules])") == "[]"
+    assert (
+        run_python("import sys, edgetune, edgetune.cli; print([m for m in ('torch', 'numpy') if m in sys.modules])")
+        == "[]"
+    )
 
 
 def test_a_plan_knows_the_methods_at_once() -> None:
-    code = ("import edgetune as et; p = et.Plan.model_validate_json("
-            "'{\"input_shape\": [1, 1, 8, 8], \"layers\": {\"a\": [{\"method\": \"exact\"}]}}'); print(len(p.layers))")
+    code = (
+        "import edgetune as et; p = et.Plan.model_validate_json("
+        '\'{"input_shape": [1, 1, 8, 8], "layers": {"a": [{"method": "exact"}]}}\'); print(len(p.layers))'
+    )
     assert run_python(code) == "1"
 
 

@@ -28,15 +28,50 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "EdgetuneError": "errors", "Graph": "graph", "trace": "graph", "Plan": "contract", "Undo": "apply", "apply": "apply",
-    "Cost": "profile", "profile": "profile", "measure": "profile",
-    "Budget": "plan", "plan": "plan", "last_layers": "plan",
-    "load_model": "models", "load_weights": "models", "Dataset": "data", "Preprocess": "data", "load_data": "data",
-    "Run": "run", "train": "train", "report": "report",
+    "EdgetuneError": "errors",
+    "Graph": "graph",
+    "trace": "graph",
+    "Plan": "contract",
+    "Undo": "apply",
+    "apply": "apply",
+    "Cost": "profile",
+    "profile": "profile",
+    "measure": "profile",
+    "Budget": "plan",
+    "plan": "plan",
+    "last_layers": "plan",
+    "load_model": "models",
+    "load_weights": "models",
+    "Dataset": "data",
+    "Preprocess": "data",
+    "load_data": "data",
+    "Run": "run",
+    "train": "train",
+    "report": "report",
 }
 
-__all__ = ["EdgetuneError", "trace", "Graph", "profile", "measure", "Cost", "plan", "last_layers", "Budget", "Plan",
-           "apply", "Undo", "train", "Run", "report", "load_model", "load_weights", "load_data", "Dataset", "Preprocess"]
+__all__ = [
+    "EdgetuneError",
+    "trace",
+    "Graph",
+    "profile",
+    "measure",
+    "Cost",
+    "plan",
+    "last_layers",
+    "Budget",
+    "Plan",
+    "apply",
+    "Undo",
+    "train",
+    "Run",
+    "report",
+    "load_model",
+    "load_weights",
+    "load_data",
+    "Dataset",
+    "Preprocess",
+]
 
 
 class _Package(ModuleType):

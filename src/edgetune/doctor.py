@@ -12,10 +12,37 @@ import torch
 from edgetune.kernels import NAMES, status
 from edgetune.record import Record
 
-PACKAGES = ("edgetune", "torch", "numpy", "pydantic", "safetensors", "pillow", "scikit-learn", "kornia", "matplotlib",
-            "timm", "torchvision")
-TELLING_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon",
-                 "asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve")
+PACKAGES = (
+    "edgetune",
+    "torch",
+    "numpy",
+    "pydantic",
+    "safetensors",
+    "pillow",
+    "scikit-learn",
+    "kornia",
+    "matplotlib",
+    "timm",
+    "torchvision",
+)
+TELLING_FLAGS = (
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "amx_bf16",
+    "neon",
+    "asimd",
+    "asimdhp",
+    "asimddp",
+    "bf16",
+    "i8mm",
+    "sve",
+)
 """Processor features that decide how fast training can be; the system lists hundreds more."""
 
 
@@ -49,14 +76,28 @@ class Health(Record):
 def examine() -> Health:
     """Look at this machine; kernels are compiled first where they aren't yet."""
     found, cores, threads = status(), usable_cores(), torch.get_num_threads()
-    kernels = Kernels(native=found.native, reason=found.reason, compiler=found.compiler, library=found.path,
-                      ops={name: "native" if name in found.ops else "torch" for name in NAMES})
+    kernels = Kernels(
+        native=found.native,
+        reason=found.reason,
+        compiler=found.compiler,
+        library=found.path,
+        ops={name: "native" if name in found.ops else "torch" for name in NAMES},
+    )
     total, available = memory()
-    return Health(python=platform.python_version(), system=f"{platform.system()} {platform.machine()}",
-                  packages={name: _version(name) for name in PACKAGES}, cpu=found.cpu,
-                  cpu_features=tuple(flag for flag in TELLING_FLAGS if flag in found.cpu_flags), cores=cores,
-                  threads=threads, memory_bytes=total, memory_available_bytes=available, cuda=_cuda(), kernels=kernels,
-                  advice=tuple(_advice(kernels, cores, threads)))
+    return Health(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        packages={name: _version(name) for name in PACKAGES},
+        cpu=found.cpu,
+        cpu_features=tuple(flag for flag in TELLING_FLAGS if flag in found.cpu_flags),
+        cores=cores,
+        threads=threads,
+        memory_bytes=total,
+        memory_available_bytes=available,
+        cuda=_cuda(),
+        kernels=kernels,
+        advice=tuple(_advice(kernels, cores, threads)),
+    )
 
 
 def usable_cores() -> int:
@@ -67,9 +108,10 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
-def memory(proc: Path = Path("/proc/meminfo"),
-           limits: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.max"),
-                                       Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))) -> tuple[int | None, int | None]:
+def memory(
+    proc: Path = Path("/proc/meminfo"),
+    limits: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")),
+) -> tuple[int | None, int | None]:
     """Bytes of memory that this process may use, and of those now free; None where the system does not tell.
 
     A container's limit counts where it is lower than the machine's.

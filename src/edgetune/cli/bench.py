@@ -6,7 +6,7 @@ import inspect
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,37 +22,91 @@ if TYPE_CHECKING:
 
 SUITES = {"layers": "single convolutions", "steps": "whole training steps", "transfer": "accuracy after adapting"}
 RESULTS = Path("bench/results")
-SHOWN = ("case", "method", "depth", "patch_px", "taps", "batch", "baseline_ms", "method_ms", "speedup", "backward_speedup",
-         "grid_speedup", "kept_bytes", "peak_bytes", "cosine", "scale", "accuracy_mean", "accuracy_sd",
-         "accuracy_difference", "difference_low", "difference_high", "seeds")
+SHOWN = (
+    "case",
+    "method",
+    "depth",
+    "patch_px",
+    "taps",
+    "batch",
+    "baseline_ms",
+    "method_ms",
+    "speedup",
+    "backward_speedup",
+    "grid_speedup",
+    "kept_bytes",
+    "peak_bytes",
+    "cosine",
+    "scale",
+    "accuracy_mean",
+    "accuracy_sd",
+    "accuracy_difference",
+    "difference_low",
+    "difference_high",
+    "seeds",
+)
 """Columns for people, where rows have them; JSON has all."""
 
-EXAMPLES = (("edgetune bench layers", "the published layers: exact backward against gradient filtering"),
-            ("edgetune bench steps --device cuda --json -", "whole steps on a GPU, one JSON object"),
-            ("edgetune bench steps --set models=resnet18 --set sizes_px=128", "only a part of the suite"),
-            ("edgetune bench transfer --quick", "a small sample of the accuracy grid"))
+EXAMPLES = (
+    ("edgetune bench layers", "the published layers: exact backward against gradient filtering"),
+    ("edgetune bench steps --device cuda --json -", "whole steps on a GPU, one JSON object"),
+    ("edgetune bench steps --set models=resnet18 --set sizes_px=128", "only a part of the suite"),
+    ("edgetune bench transfer --quick", "a small sample of the accuracy grid"),
+)
 
-Suite = Annotated[str, typer.Argument(metavar="SUITE", show_default=False, help=(
-    "; ".join(f"{name}: {what}" for name, what in SUITES.items()) + "."))]
-Device = Annotated[Optional[str], typer.Option("--device", metavar="NAME", show_default="cpu", help="Where to run.")]
-Threads = Annotated[Optional[int], typer.Option("--threads", metavar="N", min=1, show_default=False, help="Threads to use.")]
+Suite = Annotated[
+    str,
+    typer.Argument(
+        metavar="SUITE", show_default=False, help=("; ".join(f"{name}: {what}" for name, what in SUITES.items()) + ".")
+    ),
+]
+Device = Annotated[str | None, typer.Option("--device", metavar="NAME", show_default="cpu", help="Where to run.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", metavar="N", min=1, show_default=False, help="Threads to use.")
+]
 Quick = Annotated[bool, typer.Option("--quick", help="A small sample of the suite, to see that it runs.")]
-Changes = Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE", show_default=False, help=(
-    "Change any other option of the suite; commas separate several values."))]
-Out = Annotated[Optional[Path], typer.Option("--out", metavar="FILE", show_default=f"{RESULTS}/SUITE.jsonl", help=(
-    "Where the rows are stored, one a line; without that folder they are only printed."))]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        show_default=False,
+        help=("Change any other option of the suite; commas separate several values."),
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FILE",
+        show_default=f"{RESULTS}/SUITE.jsonl",
+        help=("Where the rows are stored, one a line; without that folder they are only printed."),
+    ),
+]
 
 
-def bench(suite: Suite, device: Device = None, threads: Threads = None, quick: Quick = False, change: Changes = None,
-          out: Out = None, json: options.Json = None) -> None:
+def bench(
+    suite: Suite,
+    device: Device = None,
+    threads: Threads = None,
+    quick: Quick = False,
+    change: Changes = None,
+    out: Out = None,
+    json: options.Json = None,
+) -> None:
     """Measure method against baseline on this machine, interleaved in one process: the ratio is the result.
 
-    The baseline is torch's own exact backward in its faster memory layout. Finished cells of the accuracy grid are stored
-    at once and never run twice. docs/bench.md says what every column means.
+    The baseline is torch's own exact backward in its faster memory layout. Finished cells of the accuracy grid are
+    stored at once and never run twice. docs/bench.md says what every column means.
     """
     module = _module(suite)
     target = out or (RESULTS / f"{suite}.jsonl" if RESULTS.is_dir() else None)
-    given = {"device": device, "threads": threads, "quick": quick or None, "out": None if target is None else str(target)}
+    given = {
+        "device": device,
+        "threads": threads,
+        "quick": quick or None,
+        "out": None if target is None else str(target),
+    }
     wanted = _options(suite, module, {name: value for name, value in given.items() if value is not None}, change or [])
     takes_progress = "progress" in inspect.signature(module.run).parameters
     found = module.run(wanted, progress=_tell) if takes_progress else module.run(wanted)
@@ -82,7 +136,9 @@ def _options(suite: str, module: ModuleType, given: dict[str, Any], changes: Seq
 
     from edgetune.errors import EdgetuneError
 
-    kind = next(part for part in typing.get_args(typing.get_type_hints(module.run)["options"]) if part is not type(None))
+    kind = next(
+        part for part in typing.get_args(typing.get_type_hints(module.run)["options"]) if part is not type(None)
+    )
     if "out" not in kind.model_fields:
         given.pop("out", None)
     for change in changes:
@@ -95,8 +151,10 @@ def _options(suite: str, module: ModuleType, given: dict[str, Any], changes: Seq
         made: Record = kind(**given)
     except ValidationError as failure:
         first = failure.errors()[0]
-        raise EdgetuneError(f"option '{first['loc'][0]}' of suite '{suite}' cannot be '{first['input']}' ({first['msg']}): "
-                            "give another value") from failure
+        raise EdgetuneError(
+            f"option '{first['loc'][0]}' of suite '{suite}' cannot be '{first['input']}' ({first['msg']}): "
+            "give another value"
+        ) from failure
     return made
 
 

@@ -10,8 +10,10 @@ from edgetune.cli.output import console, emit, facts
 if TYPE_CHECKING:
     from edgetune.doctor import Health
 
-EXAMPLES = (("edgetune doctor", "versions, processor, memory, threads and kernels"),
-            ("edgetune doctor --json doctor.json", "the same to attach to a report of a problem"))
+EXAMPLES = (
+    ("edgetune doctor", "versions, processor, memory, threads and kernels"),
+    ("edgetune doctor --json doctor.json", "the same to attach to a report of a problem"),
+)
 
 
 def doctor(json: options.Json = None) -> None:
@@ -31,16 +33,26 @@ def _show(health: Health) -> None:
 
     kernels = health.kernels
     native = [name for name, how in kernels.ops.items() if how == "native"]
-    memory = ("unknown" if health.memory_bytes is None or health.memory_available_bytes is None else
-              f"{format_bytes(health.memory_bytes)}, of which {format_bytes(health.memory_available_bytes)} are free")
-    rows = [("system", f"{health.system}, Python {health.python}"), ("processor", health.cpu),
-            ("features", " ".join(health.cpu_features) or "none that matter here"),
-            ("threads", f"{health.threads} on {health.cores} cores"), ("memory", memory),
-            ("CUDA", ", ".join(health.cuda) or "no device"), ("compiler", kernels.compiler or "none"),
-            ("kernels", f"{len(native)} of {len(kernels.ops)} native: {kernels.reason}"),
-            ("library", kernels.library or "none")]
+    memory = (
+        "unknown"
+        if health.memory_bytes is None or health.memory_available_bytes is None
+        else f"{format_bytes(health.memory_bytes)}, of which {format_bytes(health.memory_available_bytes)} are free"
+    )
+    rows = [
+        ("system", f"{health.system}, Python {health.python}"),
+        ("processor", health.cpu),
+        ("features", " ".join(health.cpu_features) or "none that matter here"),
+        ("threads", f"{health.threads} on {health.cores} cores"),
+        ("memory", memory),
+        ("CUDA", ", ".join(health.cuda) or "no device"),
+        ("compiler", kernels.compiler or "none"),
+        ("kernels", f"{len(native)} of {len(kernels.ops)} native: {kernels.reason}"),
+        ("library", kernels.library or "none"),
+    ]
     console().print(facts("machine", rows))
-    console().print(facts("packages", [(name, version or "not installed") for name, version in health.packages.items()]))
+    console().print(
+        facts("packages", [(name, version or "not installed") for name, version in health.packages.items()])
+    )
     console().print(facts("kernels", list(kernels.ops.items())))
     for sentence in health.advice:
         console().print(f"[yellow]{sentence}[/yellow]")

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgetune.cli import options
 from edgetune.cli.output import console, emit, table
-from edgetune.cli.program import say
+from edgetune.cli.program import say, shortened
 
 if TYPE_CHECKING:
     from edgetune.run import Score
 
-EXAMPLES = (("edgetune eval runs/flowers", "the run's own validation pictures"),
-            ("edgetune eval runs/flowers --data more_photos --skip-bad-images", "other pictures of the same classes"))
+EXAMPLES = (
+    ("edgetune eval runs/flowers", "the run's own validation pictures"),
+    ("edgetune eval runs/flowers --data more_photos --skip-bad-images", "other pictures of the same classes"),
+)
 
-Data = Annotated[Optional[str], typer.Option("--data", metavar="PATH|NAME", show_default=False, help=(
-    "Image folder, npz file or built-in name; the run's own validation pictures when left out."))]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="PATH|NAME",
+        show_default=False,
+        help=("Image folder, npz file or built-in name; the run's own validation pictures when left out."),
+    ),
+]
 
 
-def evaluate(run: options.RunFolder, data: Data = None, batch_size: options.BatchSize = 32,
-             skip_bad_images: options.SkipBadImages = False, limit: options.Limit = None,
-             json: options.Json = None) -> None:
+def evaluate(
+    run: options.RunFolder,
+    data: Data = None,
+    batch_size: options.BatchSize = 32,
+    skip_bad_images: options.SkipBadImages = False,
+    limit: options.Limit = None,
+    json: options.Json = None,
+) -> None:
     """Tell how well a trained network knows a set of pictures, class by class.
 
     Preprocessing and class names are the run's own. The validation part of the data is used where it has one, all of it
@@ -38,24 +52,38 @@ def evaluate(run: options.RunFolder, data: Data = None, batch_size: options.Batc
         whole = open_data(loaded.run)
         pictures, skipped, source = whole.val, whole.skipped, loaded.run.data.source
     else:
-        pictures, skipped = load_eval(data, loaded.preprocess, loaded.classes, skip_bad_images=skip_bad_images,
-                                      limit=limit)
+        pictures, skipped = load_eval(
+            data, loaded.preprocess, loaded.classes, skip_bad_images=skip_bad_images, limit=limit
+        )
         source = data
     score = score_of(loaded.model, pictures, len(loaded.classes), batch_size)
     if skipped:
-        say(f"{len(skipped)} unreadable pictures were left out: {', '.join(skipped[:3])}{', ...' if len(skipped) > 3 else ''}")
-    emit(json, lambda: _as_json(str(run), source, loaded.classes, score, skipped),
-         lambda: _show(source, loaded.classes, score))
+        say(f"{len(skipped)} unreadable pictures were left out: {shortened(skipped)}")
+    emit(
+        json,
+        lambda: _as_json(str(run), source, loaded.classes, score, skipped),
+        lambda: _show(source, loaded.classes, score),
+    )
 
 
 def _as_json(run: str, source: str, classes: tuple[str, ...], score: Score, skipped: tuple[str, ...]) -> dict[str, Any]:
-    rows = [{"class": name, "seen": seen, "right": right} for name, seen, right in zip(classes, score.seen, score.right)]
-    return {"run": run, "data": source, "accuracy": score.accuracy, "loss": score.loss, "rows": rows,
-            "skipped": list(skipped)}
+    rows = [
+        {"class": name, "seen": seen, "right": right} for name, seen, right in zip(classes, score.seen, score.right)
+    ]
+    return {
+        "run": run,
+        "data": source,
+        "accuracy": score.accuracy,
+        "loss": score.loss,
+        "rows": rows,
+        "skipped": list(skipped),
+    }
 
 
 def _show(source: str, classes: tuple[str, ...], score: Score) -> None:
-    rows = [(name, str(seen), str(right), f"{100 * right / seen:.1f} %" if seen else "-")
-            for name, seen, right in zip(classes, score.seen, score.right)]
+    rows = [
+        (name, str(seen), str(right), f"{100 * right / seen:.1f} %" if seen else "-")
+        for name, seen, right in zip(classes, score.seen, score.right)
+    ]
     total = ("all", str(sum(score.seen)), str(sum(score.right)), f"{100 * score.accuracy:.1f} %")
     console().print(table(f"{source}", ("class", "pictures", "right", "accuracy"), rows, last=total))

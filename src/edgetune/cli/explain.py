@@ -13,12 +13,16 @@ from edgetune.cli.output import emit
 if TYPE_CHECKING:
     from edgetune.contract import Method
 
-EXAMPLES = (("edgetune explain pooled_chain", "what it does, keeps and changes, and when not to use it"),
-            ("edgetune list", "the names of all methods"))
+EXAMPLES = (
+    ("edgetune explain pooled_chain", "what it does, keeps and changes, and when not to use it"),
+    ("edgetune list", "the names of all methods"),
+)
 
 
-def explain(name: Annotated[str, typer.Argument(metavar="NAME", help="A method.", show_default=False)],
-            json: options.Json = None) -> None:
+def explain(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A method.", show_default=False)],
+    json: options.Json = None,
+) -> None:
     """Explain a method: what it does, its shapes, what it keeps, what it changes, when not to use it, its source."""
     method = find_method(name)
     emit(json, lambda: describe(method), lambda: typer.echo(method.explain()))
@@ -42,8 +46,18 @@ def describe(method: type[Method]) -> dict[str, Any]:
     """A method as plain data: its settings with their defaults, and its page."""
     from pydantic_core import PydanticUndefined
 
-    settings = {field: {"type": str(info.annotation), "description": info.description,
-                        "default": None if info.default is PydanticUndefined else info.default}
-                for field, info in method.model_fields.items()}
-    return {"name": method.method, "family": method.family, "forward_is": method.forward_is, "settings": settings,
-            "text": method.explain()}
+    settings = {
+        field: {
+            "type": str(info.annotation),
+            "description": info.description,
+            "default": None if info.default is PydanticUndefined else info.default,
+        }
+        for field, info in method.model_fields.items()
+    }
+    return {
+        "name": method.method,
+        "family": method.family,
+        "forward_is": method.forward_is,
+        "settings": settings,
+        "text": method.explain(),
+    }

@@ -7,8 +7,10 @@ from typing import Any
 from edgetune.cli import options
 from edgetune.cli.output import console, emit, facts
 
-EXAMPLES = (("edgetune list", "networks, data and methods by name"),
-            ("edgetune list --json -", "the same for a program"))
+EXAMPLES = (
+    ("edgetune list", "networks, data and methods by name"),
+    ("edgetune list --json -", "the same for a program"),
+)
 
 
 def list_(json: options.Json = None) -> None:
@@ -28,8 +30,11 @@ def _gather() -> dict[str, Any]:
     from edgetune.models import list_models
 
     own = {name: kind for name, kind in sorted(REGISTRY.items()) if kind.__module__.startswith("edgetune.")}
-    return {"models": {card.name: card.description for card in list_models()}, "data": list_data(),
-            "methods": {name: kind.explain().splitlines()[0] for name, kind in own.items()}}
+    return {
+        "models": {card.name: card.description for card in list_models()},
+        "data": list_data(),
+        "methods": {name: kind.explain().splitlines()[0] for name, kind in own.items()},
+    }
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -24,15 +24,37 @@ def console() -> Console:
     return Console(width=width, highlight=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, last: Sequence[str] | None = None) -> Table:
-    """A table whose first column is left-aligned and the others right-aligned; `last` stands under a rule."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_footer=last is not None,
-                 pad_edge=False)
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    last: Sequence[str] | None = None,
+    fold: bool = False,
+) -> Table:
+    """A table whose first column is left-aligned and the others right-aligned; `last` stands under a rule.
+
+    Cells stay on one line unless `fold`.
+    """
+    made = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_footer=last is not None,
+        pad_edge=False,
+    )
     for number, name in enumerate(columns):
-        made.add_column(name, justify="left" if number == 0 else "right", overflow="fold", header_style="dim",
-                        footer=last[number] if last is not None else "", no_wrap=number > 0)
+        made.add_column(
+            name,
+            justify="left" if number == 0 else "right",
+            overflow="fold",
+            header_style="dim",
+            footer=last[number] if last is not None else "",
+            no_wrap=number > 0 and not fold,
+        )
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*(escape(cell) for cell in row))
     return made
 
 
@@ -55,8 +77,15 @@ def emit(json_to: str | None, content: Callable[[], Mapping[str, Any]], show: Ca
 
 def facts(title: str, pairs: Sequence[tuple[str, str]]) -> Table:
     """Names and what they are, line by line, without a header."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False,
-                 padding=(0, 2, 0, 0))
+    made = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        show_header=False,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in pairs:

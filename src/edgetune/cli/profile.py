@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -12,20 +12,41 @@ from edgetune.cli.output import console, emit, facts
 from edgetune.cli.setup import open_network, preprocess_for
 from edgetune.cli.tables import cost_facts, cost_table
 
-EXAMPLES = (("edgetune profile --model mobilenet_v2", "plain back-propagation through every layer, predicted"),
-            ("edgetune profile --model mobilenet_v2 --plan plan.json --batch-size 8", "the same network by a plan"),
-            ("edgetune profile --model resnet18 --size 128 --measure --json -", "run it, too, for a program"))
+EXAMPLES = (
+    ("edgetune profile --model mobilenet_v2", "plain back-propagation through every layer, predicted"),
+    ("edgetune profile --model mobilenet_v2 --plan plan.json --batch-size 8", "the same network by a plan"),
+    ("edgetune profile --model resnet18 --size 128 --measure --json -", "run it, too, for a program"),
+)
 
-PlanFile = Annotated[Optional[Path], typer.Option("--plan", metavar="FILE", show_default=False, help=(
-    "Cost of training by this plan; plain back-propagation through all layers otherwise."))]
-Classes = Annotated[Optional[int], typer.Option("--classes", metavar="N", min=2, show_default=False, help=(
-    "Give the network a head for so many classes."))]
-Measure = Annotated[bool, typer.Option("--measure", help="Run some steps and show what they took, beside the prediction.")]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="FILE",
+        show_default=False,
+        help=("Cost of training by this plan; plain back-propagation through all layers otherwise."),
+    ),
+]
+Classes = Annotated[
+    int | None,
+    typer.Option(
+        "--classes", metavar="N", min=2, show_default=False, help=("Give the network a head for so many classes.")
+    ),
+]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Run some steps and show what they took, beside the prediction.")
+]
 
 
-def profile(model: options.Model = "digits_net", plan: PlanFile = None, batch_size: options.BatchSize = 8,
-            size: options.Size = None, classes: Classes = None, measure: Measure = False,
-            json: options.Json = None) -> None:
+def profile(
+    model: options.Model = "digits_net",
+    plan: PlanFile = None,
+    batch_size: options.BatchSize = 8,
+    size: options.Size = None,
+    classes: Classes = None,
+    measure: Measure = False,
+    json: options.Json = None,
+) -> None:
     """Tell what one training step costs, layer by layer: parameters, multiply-accumulates, bytes kept for backward.
 
     The prediction runs the very code that trains on tensors without memory, so it takes a moment even for networks that
@@ -60,5 +81,13 @@ def profile(model: options.Model = "digits_net", plan: PlanFile = None, batch_si
         for cost in found.values():
             console().print(facts(cost.origin, cost_facts(cost)))
 
-    emit(json, lambda: {"model": model, "batch_size": batch_size, "plan": how,
-                        **{origin: cost.model_dump(mode="json") for origin, cost in found.items()}}, show)
+    emit(
+        json,
+        lambda: {
+            "model": model,
+            "batch_size": batch_size,
+            "plan": how,
+            **{origin: cost.model_dump(mode="json") for origin, cost in found.items()},
+        },
+        show,
+    )

@@ -1,10 +1,10 @@
-"""How every verb behaves: refusals in one sentence with exit status 2, Ctrl-C with 130, --json with or without a place."""
+"""How every verb behaves: refusals in one sentence with exit status 2, Ctrl-C with 130, --json with or without a file."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -16,7 +16,7 @@ REFUSED, INTERRUPTED = 2, 130
 
 
 class Program(TyperGroup):
-    """The whole command line. Only what edgetune refuses knowingly becomes a sentence; any other error keeps its trace."""
+    """The whole command line. What edgetune refuses knowingly becomes a sentence; any other error keeps its trace."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb."""
@@ -52,9 +52,16 @@ def say(sentence: str) -> None:
     sys.stderr.flush()
 
 
+def shortened(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list that may be long."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 def examples(*pairs: tuple[str, str]) -> str:
     """The end of a verb's help: commands, each under what it does."""
-    return "\n".join(["[bold]Examples[/bold]", *(f"[dim]# {what}[/dim]\n[cyan]{command}[/cyan]" for command, what in pairs)])
+    return "\n".join(
+        ["[bold]Examples[/bold]", *(f"[dim]# {what}[/dim]\n[cyan]{command}[/cyan]" for command, what in pairs)]
+    )
 
 
 def paragraphs(verb: Callable[..., None]) -> str:

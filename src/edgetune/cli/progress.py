@@ -19,16 +19,24 @@ class Bars:
     def __init__(self, epochs: int) -> None:
         console = Console(stderr=True)
         self.epochs, self.live = epochs, console.is_terminal
-        self.bars = Progress(TextColumn("{task.description:<24}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-                             TextColumn("{task.fields[told]}"), TimeRemainingColumn(), console=console,
-                             disable=not self.live)
+        self.bars = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self.live,
+        )
         self.task, self.title = TaskID(0), ""
 
     def __enter__(self) -> Bars:
         self.bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bars.stop()
 
     def start(self, title: str, total: int, done: int) -> None:

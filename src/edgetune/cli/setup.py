@@ -38,8 +38,15 @@ def preprocess_for(name: str, size: int | None) -> Preprocess:
     return recipe if size is None else recipe.model_copy(update={"size": (size, size)})
 
 
-def open_network(name: str, weights: Path | None, classes: int | None, *, trust_pickle: bool = False,
-                 allow_partial: bool = False, seed: int = 0) -> Network:
+def open_network(
+    name: str,
+    weights: Path | None,
+    classes: int | None,
+    *,
+    trust_pickle: bool = False,
+    allow_partial: bool = False,
+    seed: int = 0,
+) -> Network:
     """Build a network, load its weights, and give it a head for `classes` (None: the one it comes with).
 
     Raises ModelError for an unknown name and WeightsError for a file that does not fit.
@@ -82,15 +89,19 @@ def method_named(name: str, **settings: Any) -> Method:
     kind, given = find_method(name), {key: value for key, value in settings.items() if value is not None}
     if strangers := sorted(set(given) - set(kind.model_fields)):
         option = "--" + strangers[0].replace("_", "-")
-        raise PlanError(f"method '{kind.method}' has no {option}: it takes "
-                        f"{', '.join('--' + f.replace('_', '-') for f in kind.model_fields) or 'no settings'}")
+        raise PlanError(
+            f"method '{kind.method}' has no {option}: it takes "
+            f"{', '.join('--' + f.replace('_', '-') for f in kind.model_fields) or 'no settings'}"
+        )
     try:
         return kind(**given)
     except ValidationError as failure:
         first = failure.errors()[0]
         option = "--" + ".".join(map(str, first["loc"])).replace("_", "-")
-        raise PlanError(f"{option} {first['input']} does not hold for method '{kind.method}' ({first['msg']}): "
-                        f"see `edgetune explain {kind.method}`") from failure
+        raise PlanError(
+            f"{option} {first['input']} does not hold for method '{kind.method}' ({first['msg']}): "
+            f"see `edgetune explain {kind.method}`"
+        ) from failure
 
 
 @dataclass(frozen=True)
@@ -116,14 +127,20 @@ class Wish:
 
         planner = self.memory is not None or self.step_ms is not None
         if self.file is not None and (planner or self.by_hand):
-            raise PlanError("--plan names a finished plan: leave out --memory, --step-ms, --method, --patch-px, --taps and --last")
+            raise PlanError(
+                "--plan names a finished plan: leave out --memory, --step-ms, --method, --patch-px, --taps and --last"
+            )
         if self.by_hand and planner:
-            raise PlanError("--method, --patch-px, --taps and --last make the plan by hand: leave out --memory and --step-ms, "
-                            "which the planner would keep to")
+            raise PlanError(
+                "--method, --patch-px, --taps and --last make the plan by hand: leave out --memory and --step-ms, "
+                "which the planner would keep to"
+            )
         if self.memory is not None:
             parse_bytes(self.memory)
         if self.step_ms is not None and self.step_ms <= 0:
-            raise BudgetError(f"--step-ms {self.step_ms:g} leaves no time at all: give a positive number of milliseconds")
+            raise BudgetError(
+                f"--step-ms {self.step_ms:g} leaves no time at all: give a positive number of milliseconds"
+            )
 
 
 def make_plan(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> tuple[Plan, Budget]:

@@ -18,32 +18,61 @@ if TYPE_CHECKING:
 
 def cost_table(title: str, cost: Cost) -> Table:
     """A cost layer by layer, with the total last; layers that neither keep nor multiply anything are left out."""
-    rows = [(layer.name, layer.kind, format_bytes(layer.param_bytes), format_count(layer.forward_macs),
-             format_count(layer.backward_macs), format_bytes(layer.kept_bytes)) for layer in cost.layers
-            if layer.kept_bytes or layer.forward_macs or layer.param_bytes]
-    total = ("total", "", format_bytes(cost.param_bytes), format_count(cost.forward_macs), format_count(cost.backward_macs),
-             format_bytes(cost.kept_bytes))
+    rows = [
+        (
+            layer.name,
+            layer.kind,
+            format_bytes(layer.param_bytes),
+            format_count(layer.forward_macs),
+            format_count(layer.backward_macs),
+            format_bytes(layer.kept_bytes),
+        )
+        for layer in cost.layers
+        if layer.kept_bytes or layer.forward_macs or layer.param_bytes
+    ]
+    total = (
+        "total",
+        "",
+        format_bytes(cost.param_bytes),
+        format_count(cost.forward_macs),
+        format_count(cost.backward_macs),
+        format_bytes(cost.kept_bytes),
+    )
     return table(title, ("layer", "kind", "parameters", "MACs forward", "MACs backward", "kept"), rows, last=total)
 
 
 def cost_facts(cost: Cost) -> list[tuple[str, str]]:
     """What makes up the training memory."""
-    facts = [("kept for backward", format_bytes(cost.kept_bytes)), ("gradients", format_bytes(cost.grad_bytes)),
-             ("optimizer state", format_bytes(cost.optimizer_bytes)),
-             ("peak training memory", f"{format_bytes(cost.peak_bytes)} ({cost.peak_bytes} bytes), {cost.origin}"),
-             ("parameters beside it", format_bytes(cost.param_bytes))]
+    facts = [
+        ("kept for backward", format_bytes(cost.kept_bytes)),
+        ("gradients", format_bytes(cost.grad_bytes)),
+        ("optimizer state", format_bytes(cost.optimizer_bytes)),
+        ("peak training memory", f"{format_bytes(cost.peak_bytes)} ({cost.peak_bytes} bytes), {cost.origin}"),
+        ("parameters beside it", format_bytes(cost.param_bytes)),
+    ]
     return facts if cost.step_ms is None else [*facts, ("step time", format_ms(cost.step_ms))]
 
 
 def plan_table(title: str, plan: Plan, graph: Graph, cost: Cost, plain: Cost) -> Table:
-    """A plan layer by layer: map, choice, what learns, and the kept bytes beside those of plain back-propagation."""
-    from edgetune.report.choices import layer_views
+    """A plan layer by layer: map, choice, what learns, and the kept bytes beside those of plain back-propagation.
 
-    ours, theirs = ({layer.name: layer.kept_bytes for layer in each.layers} for each in (cost, plain))
-    rows = [(view.name, view.map_text, view.choice.label, ", ".join(view.learns) or "-", format_bytes(ours.get(view.name, 0)),
-             format_bytes(theirs.get(view.name, 0))) for view in layer_views(graph, plan)]
-    others = [sum(layer.kept_bytes for layer in each.layers if layer.kind not in ("conv", "linear")) for each in (cost, plain)]
-    rows.append(("norms, activations, adds, loss", "", "", "", format_bytes(others[0]), format_bytes(others[1])))
+    Bytes are those of a layer and the norms, activations and adds behind it.
+    """
+    from edgetune.report.choices import kept_by_layer, layer_views
+
+    views = layer_views(graph, plan)
+    ours, theirs = kept_by_layer(cost, views), kept_by_layer(plain, views)
+    rows = [
+        (
+            view.name,
+            view.map_text,
+            view.choice.label,
+            ", ".join(view.learns) or "-",
+            format_bytes(ours[view.name]),
+            format_bytes(theirs[view.name]),
+        )
+        for view in views
+    ]
     total = ("total", "", "", "", format_bytes(cost.kept_bytes), format_bytes(plain.kept_bytes))
     return table(title, ("layer", "channels · map", "gradient", "learns", "kept", "plain keeps"), rows, last=total)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgetune.cli import options
 from edgetune.cli.output import console, emit
-from edgetune.cli.program import say
+from edgetune.cli.program import say, shortened
 from edgetune.cli.progress import Bars
 from edgetune.cli.setup import DEMO_DATA, DEMO_MODEL, Wish, make_plan, one_batch, open_network, preprocess_for
 from edgetune.cli.tables import result_table
@@ -19,53 +19,114 @@ from edgetune.cli.tables import result_table
 if TYPE_CHECKING:
     from edgetune.run import Run
 
-EXAMPLES = (("edgetune train", "the demo: digits as another camera sees them, in under a minute"),
-            ("edgetune train --model mobilenet_v2 --weights w.safetensors --data photos --memory 24MiB --epochs 10",
-             "your own photos, under a memory budget"),
-            ("edgetune train --model resnet18 --data photos --val-fraction 0.2 --method pooled_chain --patch-px 4 --last 6",
-             "a plan made by hand"),
-            ("edgetune train --resume runs/mobilenet_v2-photos-1", "go on after an interruption"))
+EXAMPLES = (
+    ("edgetune train", "the demo: digits as another camera sees them, in under a minute"),
+    (
+        "edgetune train --model mobilenet_v2 --weights w.safetensors --data photos --memory 24MiB --epochs 10",
+        "your own photos, under a memory budget",
+    ),
+    (
+        "edgetune train --model resnet18 --data photos --val-fraction 0.2 --method pooled_chain --patch-px 4 --last 6",
+        "a plan made by hand",
+    ),
+    ("edgetune train --resume runs/mobilenet_v2-photos-1", "go on after an interruption"),
+)
 
-Model = Annotated[Optional[str], typer.Option("--model", metavar="NAME", show_default=DEMO_MODEL, help=(
-    "Built-in name (see `edgetune list`), timm:NAME, torchvision:NAME, or package.module:callable."))]
-Data = Annotated[Optional[str], typer.Option("--data", metavar="PATH|NAME", show_default=DEMO_DATA, help=(
-    "Image folder (train/<class>/*.jpg and val/..., or one folder per class), npz file, or built-in name."))]
-PlanFile = Annotated[Optional[Path], typer.Option("--plan", metavar="FILE", show_default=False, help=(
-    "Train by this plan, as `edgetune plan` writes it."))]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        show_default=DEMO_MODEL,
+        help=("Built-in name (see `edgetune list`), timm:NAME, torchvision:NAME, or package.module:callable."),
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="PATH|NAME",
+        show_default=DEMO_DATA,
+        help=("Image folder (train/<class>/*.jpg and val/..., or one folder per class), npz file, or built-in name."),
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan", metavar="FILE", show_default=False, help=("Train by this plan, as `edgetune plan` writes it.")
+    ),
+]
 Epochs = Annotated[int, typer.Option("--epochs", metavar="N", min=1, help="Passes over the pictures.")]
 LearningRate = Annotated[float, typer.Option("--learning-rate", metavar="X", help="The highest of the schedule.")]
-Out = Annotated[Optional[Path], typer.Option("--out", metavar="FOLDER", show_default="runs/MODEL-DATA-1", help=(
-    "Where the run folder is made."))]
-Resume = Annotated[Optional[Path], typer.Option("--resume", metavar="RUN", show_default=False, help=(
-    "Go on with an interrupted run; everything else is as it was then."))]
-Baseline = Annotated[bool, typer.Option("--baseline/--no-baseline", help=(
-    "Also train by plain full back-propagation, to compare."))]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FOLDER", show_default="runs/MODEL-DATA-1", help=("Where the run folder is made.")),
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume",
+        metavar="RUN",
+        show_default=False,
+        help=("Go on with an interrupted run; everything else is as it was then."),
+    ),
+]
+Baseline = Annotated[
+    bool, typer.Option("--baseline/--no-baseline", help=("Also train by plain full back-propagation, to compare."))
+]
 
 
-def train(model: Model = None, weights: options.Weights = None, data: Data = None,
-          memory: options.Memory = None, step_ms: options.StepMs = None, epochs: Epochs = 10,
-          batch_size: options.BatchSize = 32, learning_rate: LearningRate = 0.01, seed: options.Seed = 0,
-          out: Out = None, resume: Resume = None, baseline: Baseline = True, plan: PlanFile = None,
-          method: options.Method = None, patch_px: options.PatchPx = None, taps: options.Taps = None,
-          last: options.Last = None, val_fraction: options.ValFraction = None, size: options.Size = None,
-          limit: options.Limit = None, skip_bad_images: options.SkipBadImages = False,
-          trust_pickle: options.TrustPickle = False, allow_partial: options.AllowPartial = False,
-          json: options.Json = None) -> None:
+def train(
+    model: Model = None,
+    weights: options.Weights = None,
+    data: Data = None,
+    memory: options.Memory = None,
+    step_ms: options.StepMs = None,
+    epochs: Epochs = 10,
+    batch_size: options.BatchSize = 32,
+    learning_rate: LearningRate = 0.01,
+    seed: options.Seed = 0,
+    out: Out = None,
+    resume: Resume = None,
+    baseline: Baseline = True,
+    plan: PlanFile = None,
+    method: options.Method = None,
+    patch_px: options.PatchPx = None,
+    taps: options.Taps = None,
+    last: options.Last = None,
+    val_fraction: options.ValFraction = None,
+    size: options.Size = None,
+    limit: options.Limit = None,
+    skip_bad_images: options.SkipBadImages = False,
+    trust_pickle: options.TrustPickle = False,
+    allow_partial: options.AllowPartial = False,
+    json: options.Json = None,
+) -> None:
     """Adapt a pretrained network to your pictures under a memory budget, and compare with plain back-propagation.
 
     Without arguments this is a demo: a small network that knows handwritten digits meets them through another camera.
-    Without --memory and --step-ms training may take a quarter of what plain back-propagation takes. The run folder holds
-    run.json, plan.json, the weights and report.html, and is all that `eval`, `predict`, `compare` and --resume need.
+    Without --memory and --step-ms training may take a quarter of what plain back-propagation takes. The run folder
+    holds run.json, plan.json, the weights and report.html: all that `eval`, `predict`, `compare` and --resume need.
     """
     if resume is not None:
         _finish(resume, _resume(resume), json)
         return
-    order = Order(*_names(model, data), weights=weights, size=size, trust_pickle=trust_pickle, allow_partial=allow_partial,
-                  data_options={"val_fraction": val_fraction, "seed": seed, "limit": limit,
-                                "skip_bad_images": skip_bad_images})
+    order = Order(
+        *_names(model, data),
+        weights=weights,
+        size=size,
+        trust_pickle=trust_pickle,
+        allow_partial=allow_partial,
+        data_options={"val_fraction": val_fraction, "seed": seed, "limit": limit, "skip_bad_images": skip_bad_images},
+    )
     wish = Wish(memory=memory, step_ms=step_ms, method=method, patch_px=patch_px, taps=taps, last=last, file=plan)
-    settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-                "baseline": baseline}
+    settings = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "baseline": baseline,
+    }
     folder = _folder(out, order)
     _finish(folder, _train(order, wish, settings, folder), json)
 
@@ -90,7 +151,9 @@ def _names(model: str | None, data: str | None) -> tuple[str, str]:
     if model is None and data not in (None, DEMO_DATA):
         raise ModelError(f"no network is named for data '{data}': choose one of `edgetune list` with --model")
     if data is None and model not in (None, DEMO_MODEL):
-        raise DataError(f"no pictures are named for model '{model}': give a folder, an npz file or a built-in name with --data")
+        raise DataError(
+            f"no pictures are named for model '{model}': give a folder, an npz file or a built-in name with --data"
+        )
     return model or DEMO_MODEL, data or DEMO_DATA
 
 
@@ -117,20 +180,43 @@ def _train(order: Order, wish: Wish, settings: dict[str, Any], folder: Path) -> 
     seed = settings["seed"]
     recipe = preprocess_for(order.model, order.size)
     pictures = load_data(order.data, recipe, **order.data_options)
-    network = open_network(order.model, order.weights, len(pictures.classes), trust_pickle=order.trust_pickle,
-                           allow_partial=order.allow_partial, seed=seed)
+    network = open_network(
+        order.model,
+        order.weights,
+        len(pictures.classes),
+        trust_pickle=order.trust_pickle,
+        allow_partial=order.allow_partial,
+        seed=seed,
+    )
     say(network.story)
     say(_pictures_told(order.data, pictures.counts, pictures.skipped))
     x, y = one_batch(pictures, settings["batch_size"], seed)
     plan, budget = make_plan(network.model, x, y, wish)
-    costs = costs_of(network.model, plan, x, y, plain_measured=settings["baseline"],
-                     memory_budget_bytes=budget.memory_bytes, step_budget_ms=budget.step_ms)
+    costs = costs_of(
+        network.model,
+        plan,
+        x,
+        y,
+        plain_measured=settings["baseline"],
+        memory_budget_bytes=budget.memory_bytes,
+        step_budget_ms=budget.step_ms,
+    )
     new = not folder.exists()
     try:
         with Bars(settings["epochs"]) as bars:
-            return run_training(network.model, pictures, plan, out=folder, model_name=order.model,
-                                weights=network.weights, data_options=order.data_options, costs=costs, progress=bars,
-                                on_finish=_write_report, **settings)
+            return run_training(
+                network.model,
+                pictures,
+                plan,
+                out=folder,
+                model_name=order.model,
+                weights=network.weights,
+                data_options=order.data_options,
+                costs=costs,
+                progress=bars,
+                on_finish=_write_report,
+                **settings,
+            )
     except EdgetuneError:
         if new and folder.is_dir() and not (folder / RUN).exists():  # refused before the first step: leave no trace
             for file in folder.iterdir():
@@ -157,7 +243,7 @@ def _pictures_told(source: str, counts: dict[str, int], skipped: tuple[str, ...]
     told = f"{source}: {', '.join(f'{count} pictures to {split}' for split, count in counts.items())}"
     told = told.replace("to val", "to validate")
     if skipped:
-        told += f"; {len(skipped)} unreadable left out ({', '.join(skipped[:3])}{', ...' if len(skipped) > 3 else ''})"
+        told += f"; {len(skipped)} unreadable left out ({shortened(skipped)})"
     return told
 
 

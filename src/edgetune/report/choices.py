@@ -6,16 +6,21 @@ from dataclasses import dataclass
 
 from edgetune.contract import Method, Plan
 from edgetune.graph import Call, Graph
+from edgetune.profile import Cost
 
 FROZEN, EXACT, OTHER = "frozen", "exact", "other"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How one layer trains. `key` names its colour: frozen, exact, other, or r2, r4 ... for a patch size."""
+    """How one layer trains. `key` names its colour: frozen, exact, other, or r2, r4 ... for a patch size.
+
+    A layer that `passes` learns nothing, but hands a filtered gradient on to those before it.
+    """
 
     key: str
     label: str
+    passes: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,7 @@ def describe(method: Method | None, learns: tuple[str, ...]) -> Choice:
         label += f", {method.taps} taps"  # type: ignore[attr-defined]
     if getattr(method, "bases", 1) not in (1, None):
         label += f", {method.bases} bases"  # type: ignore[attr-defined]
-    if not learns:
-        label += ", passes gradients only"
-    return Choice(f"r{patch_px}", label)
+    return Choice(f"r{patch_px}", label if learns else f"passes on only, r = {patch_px}", passes=not learns)
 
 
 def layer_views(graph: Graph, plan: Plan) -> tuple[LayerView, ...]:
@@ -64,14 +67,27 @@ def _view(number: int, call: Call, plan: Plan) -> LayerView:
     size = call.out_shape[2:] if len(call.out_shape) == 4 else (1, 1)
     learns = plan.learns.get(call.name, ())
     method = next(iter(plan.layers.get(call.name, ())), None)
-    return LayerView(number=number, name=call.name or call.node, kind=call.kind, map_hw=(size[0], size[1]),
-                     channels=call.out_shape[1] if len(call.out_shape) > 1 else 0, choice=describe(method, learns),
-                     learns=learns)
+    return LayerView(
+        number=number,
+        name=call.name or call.node,
+        kind=call.kind,
+        map_hw=(size[0], size[1]),
+        channels=call.out_shape[1] if len(call.out_shape) > 1 else 0,
+        choice=describe(method, learns),
+        learns=learns,
+    )
 
 
-def summary(views: tuple[LayerView, ...]) -> str:
-    """A plan in a line: `3 layers frozen, 1 exact, 6 filtered, r = 2`."""
-    counts: dict[str, int] = {}
-    for view in views:
-        counts[view.choice.label] = counts.get(view.choice.label, 0) + 1
-    return "; ".join(f"{count} {label}" for label, count in counts.items())
+def kept_by_layer(cost: Cost | None, views: tuple[LayerView, ...]) -> dict[str, int]:
+    """Bytes kept by each shown layer and the norms, activations and adds up to the next one; they add up to the total.
+
+    A tensor that two layers read belongs to the first that keeps it, so only such groups can be compared.
+    """
+    if cost is None or not views:
+        return {}
+    kept = dict.fromkeys((view.name for view in views), 0)
+    current = views[0].name
+    for layer in cost.layers:
+        current = layer.name if layer.name in kept else current
+        kept[current] += layer.kept_bytes
+    return kept

@@ -35,8 +35,10 @@ def percent(share: float | None) -> str:
 
 def result_lines(run: Run) -> list[Line]:
     """Everything that is known of a run, the accuracies first."""
-    lines = [Line("accuracy before", percent(run.accuracy_before), percent(run.accuracy_before if run.plain else None)),
-             Line("accuracy after", percent(run.accuracy_after), plain_accuracy(run))]
+    lines = [
+        Line("accuracy before", percent(run.accuracy_before), percent(run.accuracy_before if run.plain else None)),
+        Line("accuracy after", percent(run.accuracy_after), plain_accuracy(run)),
+    ]
     return lines if run.costs is None else [*lines, *cost_lines(run.costs)]
 
 
@@ -48,20 +50,31 @@ def plain_accuracy(run: Run) -> str:
 
 
 def cost_lines(costs: Costs) -> list[Line]:
-    """Memory and time, predicted and measured."""
+    """Budgets, memory and time, predicted and measured."""
     lines = []
-    for what, field, write in (("peak training memory", "peak_bytes", format_bytes),
-                               ("kept for backward", "kept_bytes", format_bytes), ("step time", "step_ms", format_ms)):
-        for how, planned, plain in (("predicted", costs.planned_predicted, costs.plain_predicted),
-                                    ("measured", costs.planned_measured, costs.plain_measured)):
+    if costs.memory_budget_bytes is not None:
+        lines.append(Line("memory budget", format_bytes(costs.memory_budget_bytes)))
+    if costs.step_budget_ms is not None:
+        lines.append(Line("time budget", format_ms(costs.step_budget_ms)))
+    lines.append(Line("pictures at a time", *2 * (f"{costs.micro_batch} of {costs.batch_size}",)))
+    for what, field, write in (
+        ("peak training memory", "peak_bytes", format_bytes),
+        ("kept for backward", "kept_bytes", format_bytes),
+        ("step time", "step_ms", format_ms),
+    ):
+        for how, planned, plain in (
+            ("predicted", costs.planned_predicted, costs.plain_predicted),
+            ("measured", costs.planned_measured, costs.plain_measured),
+        ):
             line = _cost_line(f"{what}, {how}", field, write, planned, plain)
             if line is not None:
                 lines.append(line)
     return lines
 
 
-def _cost_line(what: str, field: str, write: Callable[[float], str], planned: Cost | None,
-               plain: Cost | None) -> Line | None:
+def _cost_line(
+    what: str, field: str, write: Callable[[float], str], planned: Cost | None, plain: Cost | None
+) -> Line | None:
     ours = None if planned is None else getattr(planned, field)
     theirs = None if plain is None else getattr(plain, field)
     if ours is None:
