@@ -32,6 +32,10 @@ MARGIN = 0.97
 """Share of the budget that a prediction may fill: predicted and measured peaks differ by less than the rest."""
 
 
+NEAR = 0.8
+"""A larger micro-batch is taken where it gains at least this share of what the best one does."""
+
+
 class Budget(Record):
     """`memory_bytes`: training memory at its peak (gradients, optimizer state, kept bytes, transients; parameters and
     the batch stand beside it). `step_ms`: time of one step on this machine. Either may be absent."""
@@ -127,7 +131,7 @@ class _Planner:
         return best.made
 
     def micro_batch(self, memory_bytes: int) -> int:
-        """The largest micro-batch that gains (nearly) as much as the best one."""
+        """The largest micro-batch whose gain comes near the best one's: smaller ones cost time."""
         micro, tried = len(self.sample), []
         smallest_peak, largest_peak = self._peak(self.head, 1), self._peak(self.head, micro)
         while micro >= 1:
@@ -141,7 +145,7 @@ class _Planner:
             raise BudgetError(f"{format_bytes(memory_bytes)} is too little to train even the last layer: "
                               f"the smallest budget that works here is {format_bytes(smallest)} ({smallest} bytes)")
         most = max(gain for _, gain in tried)
-        return next(micro for micro, gain in tried if gain >= 0.98 * most)
+        return next(micro for micro, gain in tried if gain >= NEAR * most)
 
     def hold_time(self, made: Plan, step_ms: float) -> Plan:
         """Freeze from the input on until a measured step is fast enough."""
