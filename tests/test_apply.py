@@ -186,3 +186,16 @@ def test_a_refused_plan_leaves_the_model_as_it_was() -> None:
         et.apply(model, plan)
     assert {id(m): set(m.__dict__) for m in model.modules()} == names
     assert [p.requires_grad for p in model.parameters()] == flags
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.method)
+@pytest.mark.parametrize("name", NETS)
+def test_a_cuda_device_gives_the_cpus_gradients(method: GradientFilter | Exact, name: str) -> None:
+    model, x = made(name)
+    expected = gradients(applied(model, x, method), x)
+    model.zero_grad(set_to_none=True)
+    model.cuda()
+    nn.functional.cross_entropy(model(x.cuda()), (torch.arange(len(x)) % 5).cuda()).backward()
+    found = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+    assert relative({n: found[n] for n in expected}, expected) < 1e-2
