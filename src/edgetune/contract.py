@@ -76,6 +76,12 @@ class LayerMethod(Method):
         """The gradient of the weight, gw (o i u v), from what `save` and `receive` gave."""
         raise TypeError(f"method '{self.method}' declares no grad_weight")
 
+    def gradients(self, kept: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+                  wants_input: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """gx if wanted and, where something was kept, gw: for methods whose two gradients share work."""
+        return (self.grad_input(g, weight, geometry) if wants_input else None,
+                None if kept is None else self.grad_weight(kept, g, geometry))
+
 
 @dataclass(frozen=True)
 class Needs:

@@ -23,22 +23,29 @@ from edgetune.hosts.grid import (
     mask,
     merge,
     on,
+    order,
     project,
     scale,
     spread,
 )
 from edgetune.hosts.pointwise import activate, norm_scale, normalise, per_channel, slope
+from edgetune.hosts.products import by_channel
 from edgetune.hosts.schedule import ConvSettings, GridProducts, Schedule
 from edgetune.recognise import MASKS
 
 
 @dataclass
 class _Pass:
-    """One forward or backward pass: what the steps read and write."""
+    """One forward or backward pass: what the steps read and write.
+
+    `last`: maps lie channels last, and bits in that order; `owned`: values that the next call may overwrite.
+    """
 
     params: Tensors
     needs: Needs
     live: frozenset[str]
+    last: bool = False
+    owned: frozenset[str] = frozenset()
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     grads: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -58,7 +65,9 @@ class ChainRule:
 
     def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors,
                 needs: Needs) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-        state = _Pass(params, needs, live_values(segment, needs))
+        last = kernels.is_channels_last(xs[0])
+        state = _Pass(params, needs, live_values(segment, needs), last, _owned(segment))
+        state.kept["last"] = xs[0].new_empty((int(last), 0))
         values = dict(zip(segment.inputs, xs, strict=True))
         last_use = {node: call.node for call in segment.calls for node in call.inputs}
         for x, node in zip(xs, segment.inputs, strict=True):
@@ -74,7 +83,8 @@ class ChainRule:
 
     def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
                  needs: Needs) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
-        state = _Pass(params, needs, live_values(segment, needs), dict(kept))
+        last = bool(kept["last"].shape[0])
+        state = _Pass(params, needs, live_values(segment, needs), last, kept=dict(kept))
         sizes = map_sizes(segment, kept)
         flows: dict[str, list[Term]] = {}
         for node, gy in zip(segment.outputs, gys, strict=True):
@@ -89,9 +99,18 @@ class ChainRule:
             for node, flow in zip(call.inputs, leaving, strict=True):
                 if node in state.live:
                     flows.setdefault(node, []).extend(flow)
-        gxs = tuple(spread(merge(flows.get(node, [])), sizes[node]) if wanted else None
+        gxs = tuple(spread(merge(flows.get(node, [])), sizes[node], last) if wanted else None
                     for node, wanted in zip(segment.inputs, needs.inputs, strict=True))
         return gxs, state.grads
+
+
+_FRESH = frozenset({"conv", "norm", "activation", "add"})
+
+
+def _owned(segment: Segment) -> frozenset[str]:
+    """Values that the segment itself has made and only one call reads: that call may work in place."""
+    return frozenset(call.node for call in segment.calls
+                     if call.kind in _FRESH and len(call.consumers) == 1 and call.node not in segment.outputs)
 
 
 def live_values(segment: Segment, needs: Needs) -> frozenset[str]:
@@ -130,7 +149,7 @@ def _conv(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) 
         cell = rule.grid.input_cell(geometry, own.patch_px, own.taps)
         key = f"mean:{call.inputs[0]}:{cell[0]}x{cell[1]}"
         if key not in state.kept:
-            state.kept[key] = kernels.patch_mean(x.to(y.dtype), *cell)
+            state.kept[key] = by_channel(kernels.patch_mean(x.to(y.dtype), *cell))
     return y
 
 
@@ -147,12 +166,12 @@ def _conv_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[st
     if bias in state.needs.params:
         state.add_grad(bias, _channel_sums(g, hw, cell).to(weight.dtype))
     cell_in = rule.grid.input_cell(geometry, own.patch_px, own.taps)
-    if name in state.needs.params:
-        x = state.kept[f"mean:{call.inputs[0]}:{cell_in[0]}x{cell_in[1]}"]
-        state.add_grad(name, rule.grid.grad_weight(x, g, geometry, own.patch_px, own.taps).to(weight.dtype))
-    if call.inputs[0] not in state.live:
-        return [[]]
-    return [[Term(rule.grid.grad_input(g, weight, geometry, own.patch_px, own.taps), cell_in)]]
+    key = f"mean:{call.inputs[0]}:{cell_in[0]}x{cell_in[1]}"
+    x = state.kept[key] if name in state.needs.params else None
+    gx, gw = rule.grid.gradients(x, g, weight, geometry, own.patch_px, own.taps, call.inputs[0] in state.live)
+    if gw is not None:
+        state.add_grad(name, gw.to(weight.dtype))
+    return [[] if gx is None else [Term(gx, cell_in)]]
 
 
 def _channel_sums(g: torch.Tensor, hw: tuple[int, int], cell: Cell) -> torch.Tensor:
@@ -182,12 +201,13 @@ def _norm_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[st
 
 def _activation(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) -> torch.Tensor:
     x = given[0]
-    y = activate(call.function, x)
+    y = activate(call.function, x, in_place=call.inputs[0] in state.owned)
     if call.inputs[0] not in state.live:
         return y
     cell = rule.schedule.counted.get(call.node)
     if cell is None:
-        state.kept[f"bits:{call.node}"] = kernels.mask_pack(y.contiguous(), *MASKS[call.function])
+        y_ordered = y.contiguous(memory_format=order(state.last))
+        state.kept[f"bits:{call.node}"] = kernels.mask_pack(y_ordered, *MASKS[call.function])
     elif call.function in MASKS:
         state.kept[f"count:{call.node}"] = kernels.mask_count(y, *MASKS[call.function], *cell)
     else:
@@ -199,7 +219,7 @@ def _activation_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapp
                      state: _Pass) -> list[list[Term]]:
     cell, hw = rule.schedule.counted.get(call.node), sizes[call.node]
     if cell is None:
-        return [mask(terms, state.kept[f"bits:{call.node}"])]
+        return [mask(terms, state.kept[f"bits:{call.node}"], state.last)]
     g = project(terms, hw, cell)
     assert g is not None
     if call.function in MASKS:
@@ -210,6 +230,10 @@ def _activation_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapp
 
 
 def _add(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) -> torch.Tensor:
+    if len(call.inputs) == 2 and given[0].dtype == given[1].dtype:
+        for mine, other in ((0, 1), (1, 0)):
+            if call.inputs[mine] in state.owned:
+                return given[mine].add_(given[other])
     return given[0] + given[-1]
 
 

@@ -62,7 +62,8 @@ class ConvRule:
         if not needs.inputs[0] and name not in needs.params:
             return (None,), grads
         g = self.method.receive(gy, geometry)
-        if name in needs.params:
-            grads[name] = self.method.grad_weight(kept["x"], g, geometry).to(weight.dtype)
-        gx = self.method.grad_input(g, weight, geometry) if needs.inputs[0] else None
+        gx, gw = self.method.gradients(kept["x"] if name in needs.params else None, g, weight, geometry,
+                                       needs.inputs[0])
+        if gw is not None:
+            grads[name] = gw.to(weight.dtype)
         return (gx,), grads

@@ -7,7 +7,7 @@ projecting takes the mean over each cell of what the terms stand for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -21,11 +21,13 @@ PIXEL: Cell = (1, 1)
 
 @dataclass(frozen=True)
 class Term:
-    """value (n c p q) on cells of `cell` pixels; `bits` masks single pixels (memory order of a contiguous map)."""
+    """value (n c p q) on cells of `cell` pixels; `bits` masks single pixels, in the memory order of a full map that
+    lies channels `last` or not."""
 
     value: torch.Tensor
     cell: Cell
     bits: torch.Tensor | None = None
+    last: bool = False
 
 
 @lru_cache(maxsize=1024)
@@ -91,24 +93,29 @@ def _project_one(term: Term, hw: tuple[int, int], cell: Cell) -> torch.Tensor:
         return regrid(term.value, hw, term.cell, cell)
     n, c = term.value.shape[:2]
     if term.cell != PIXEL and refines(hw, term.cell, cell):
-        counts = kernels.bits_count(term.bits, n, c, *hw, *cell)
+        counts = kernels.bits_count(term.bits, n, c, *hw, *cell, term.last)
         share = counts.to(term.value.dtype) / on(cell_area(hw, cell), term.value)
         return regrid(term.value, hw, term.cell, cell) * share
-    return kernels.masked_patch_mean(spread_value(term.value, hw, term.cell), term.bits, *cell)
+    return kernels.masked_patch_mean(spread_value(term.value, hw, term.cell, term.last), term.bits, *cell)
 
 
-def spread_value(value: torch.Tensor, hw: tuple[int, int], cell: Cell) -> torch.Tensor:
-    """(n c p q) -> (n c h w): every pixel takes its cell's value."""
+def order(last: bool) -> torch.memory_format:
+    """The memory order of a full map."""
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def spread_value(value: torch.Tensor, hw: tuple[int, int], cell: Cell, last: bool = False) -> torch.Tensor:
+    """(n c p q) -> (n c h w): every pixel takes its cell's value; the map lies channels `last` or not."""
     if cell == PIXEL:
-        return value.contiguous()
-    return kernels.patch_spread(value, *hw, *cell)
+        return value.contiguous(memory_format=order(last))
+    return kernels.patch_spread(value, *hw, *cell, last)
 
 
-def spread(terms: list[Term], hw: tuple[int, int]) -> torch.Tensor | None:
+def spread(terms: list[Term], hw: tuple[int, int], last: bool = False) -> torch.Tensor | None:
     """The full map (n c h w) that the terms stand for; None when there are no terms."""
     total: torch.Tensor | None = None
     for term in terms:
-        part = spread_value(term.value, hw, term.cell)
+        part = spread_value(term.value, hw, term.cell, last if term.bits is None else term.last)
         if term.bits is not None:
             part = kernels.mask_apply(part, term.bits)
         total = part if total is None else total + part
@@ -121,15 +128,15 @@ def merge(terms: list[Term]) -> list[Term]:
     for term in terms:
         key = (term.cell, id(term.bits))
         known = merged.get(key)
-        merged[key] = term if known is None else Term(known.value + term.value, term.cell, term.bits)
+        merged[key] = term if known is None else replace(known, value=known.value + term.value)
     return list(merged.values())
 
 
-def mask(terms: list[Term], bits: torch.Tensor) -> list[Term]:
-    """Every term behind one more mask: masks along a run multiply, so their bits are AND-ed."""
-    return [Term(t.value, t.cell, bits if t.bits is None else t.bits & bits) for t in terms]
+def mask(terms: list[Term], bits: torch.Tensor, last: bool = False) -> list[Term]:
+    """Every term behind one more mask: masks along a run multiply, so their bits, all in one order, are AND-ed."""
+    return [Term(t.value, t.cell, bits if t.bits is None else t.bits & bits, last) for t in terms]
 
 
 def scale(terms: list[Term], factor: torch.Tensor) -> list[Term]:
     """Every term times `factor`, broadcastable against (n c 1 1)."""
-    return [Term(t.value * factor.to(t.value.dtype), t.cell, t.bits) for t in terms]
+    return [replace(t, value=t.value * factor.to(t.value.dtype)) for t in terms]

@@ -137,12 +137,14 @@ def _window(call: Call) -> tuple[int, int, int, int, int, int, int, int, bool]:
     return kh, kw, sh, sw, ph, pw, dh, dw, bool(a["ceil_mode"])
 
 
-_MASKED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "relu6": F.relu6}
+_MASKED: dict[str, Callable[..., torch.Tensor]] = {"relu": F.relu, "relu6": F.relu6}
 
 
-def activate(function: str, x: torch.Tensor) -> torch.Tensor:
-    """The activation's own forward, out of place."""
-    return (_MASKED.get(function) or SMOOTH[function])(x)
+def activate(function: str, x: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+    """The activation's own forward; with `in_place` x may be overwritten where the function allows it."""
+    if function in _MASKED:
+        return _MASKED[function](x, inplace=in_place)
+    return SMOOTH[function](x)
 
 
 def exact_rule(call: Call) -> Rule | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from edgetune import kernels
+
 
 def by_channel(x: torch.Tensor) -> torch.Tensor:
     """The same values (n c ...), laid out channel by channel; a copy only where they are not so yet."""
@@ -21,6 +23,23 @@ def scaled_by_channel(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Ten
     n, c, p, q = x.shape
     out = torch.empty((c, n, p, q), dtype=x.dtype, device=x.device).transpose(0, 1)
     return torch.mul(x, factor, out=out)
+
+
+def sum_taps(weight: torch.Tensor) -> torch.Tensor:
+    """Sum over the kernel's taps: (o i u v) -> (o i), in either memory order."""
+    if weight.shape[2:] == (1, 1):
+        return weight[:, :, 0, 0]
+    return weight.sum((2, 3)) if kernels.is_channels_last(weight) else kernels.tap_sum(weight)
+
+
+def spread_taps(gw: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Every tap gets the same value: gw (o i) -> (o i u v) in the memory order of the weight."""
+    o, i, ku, kv = weight.shape
+    if (ku, kv) == (1, 1):
+        return gw.view(o, i, 1, 1)
+    if kernels.is_channels_last(weight):
+        return gw[:, None, None, :].expand(o, ku, kv, i).contiguous().permute(0, 3, 1, 2)
+    return kernels.tap_spread(gw, ku, kv)
 
 
 def mix_input(t: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:

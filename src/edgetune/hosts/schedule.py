@@ -31,13 +31,11 @@ class ConvSettings(Protocol):
 
 
 class GridProducts(Protocol):
-    """The two products of a convolution's backward pass on the grid."""
+    """The two products of a convolution's backward pass on the grid; x None: the weight is frozen."""
 
     def input_cell(self, geometry: ConvGeometry, patch_px: int, taps: Any) -> Cell: ...
-    def grad_input(self, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry, patch_px: int,
-                   taps: Any) -> torch.Tensor: ...
-    def grad_weight(self, x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry, patch_px: int,
-                    taps: Any) -> torch.Tensor: ...
+    def gradients(self, x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+                  patch_px: int, taps: Any, wants_input: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]: ...
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,14 @@ from edgetune import kernels
 from edgetune.contract import LayerMethod
 from edgetune.graph import Call
 from edgetune.hosts.grid import PIXEL, Cell, cell_area, on
-from edgetune.hosts.products import by_channel, mix_input, mix_weight, scaled_by_channel
+from edgetune.hosts.products import (
+    by_channel,
+    mix_input,
+    mix_weight,
+    scaled_by_channel,
+    spread_taps,
+    sum_taps,
+)
 from edgetune.hosts.walsh import analyse, fold_bases, synthesise
 from edgetune.overlap import ConvGeometry, cells, mean_factors, overlap
 
@@ -110,53 +117,52 @@ def received_grid(g: torch.Tensor, geometry: ConvGeometry, patch_px: int) -> tor
     return torch.einsum("nopvx,upy->nouvyx", carried, rows)
 
 
-def grid_grad_input(g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry, patch_px: int,
-                    taps: Taps) -> torch.Tensor:
-    """Patch means of gx, (n c p' q'), from patch means of gy, (n o p q)."""
-    n, groups = g.shape[0], geometry.groups
-    o, i, ku, kv = weight.shape
-    weight = weight.to(g.dtype)
-    if taps == "mean":
-        t = received_mean(g, geometry, patch_px).input
-        return mix_input(t.flatten(2), kernels.tap_sum(weight), groups).view(n, geometry.in_channels, *t.shape[2:])
-    t = received_grid(g, geometry, patch_px)
-    grid = t.shape[4:]
-    # taps become further channels of the product: (n, g o/g u v, l) with weight (g o/g u v, i)
-    t = t.reshape(n, o * ku * kv, grid[0] * grid[1])
-    gx = mix_input(t, weight.permute(0, 2, 3, 1).reshape(o * ku * kv, i), groups)
-    area = cell_area(geometry.in_hw, input_cell(geometry, patch_px, taps))
-    return gx.view(n, geometry.in_channels, *grid) / on(area, g)
-
-
-def grid_grad_weight(x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry, patch_px: int,
-                     taps: Taps) -> torch.Tensor:
-    """gw (o i u v) from patch means of x, (n c p' q'), and of gy, (n o p q)."""
-    o, i = geometry.out_channels, geometry.in_channels // geometry.groups
-    ku, kv = geometry.kernel
-    x = x.to(g.dtype).flatten(2)
-    if taps == "mean":
-        _, t, factor = received_mean(g, geometry, patch_px)
-        return kernels.tap_spread(mix_weight(t.flatten(2), x, geometry.groups, factor), ku, kv)
-    t = received_grid(g, geometry, patch_px).flatten(4).flatten(1, 3)
-    gw = mix_weight(t, x, geometry.groups)
-    return gw.view(o, ku, kv, i).permute(0, 3, 1, 2).contiguous()
-
-
-def grid_backward(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry, patch_px: int,
-                  taps: Taps) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both gradients on the grid from patch means of x and gy: gx (n c p' q') and gw.
+def grid_backward(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+                  patch_px: int, taps: Taps, wants_input: bool = True) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Both gradients on the grid from patch means of x (None: no gw) and of gy: gx (n c p' q') and gw.
 
     In the mean form gw is (o i), the value of every tap; in the grid form (o i u v).
     """
-    n, o = g.shape[:2]
-    c, i = geometry.in_channels, geometry.in_channels // geometry.groups
-    if taps == "grid":
-        return (grid_grad_input(g, weight, geometry, patch_px, taps),
-                grid_grad_weight(x, g, geometry, patch_px, taps))
+    backward = _mean_backward if taps == "mean" else _grid_backward
+    return backward(x, g, weight, geometry, patch_px, wants_input)
+
+
+def _mean_backward(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+                   patch_px: int, wants_input: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     to_input, to_weight, factor = received_mean(g, geometry, patch_px)
-    gx = mix_input(to_input.flatten(2), kernels.tap_sum(weight.to(g.dtype)), geometry.groups)
-    gw = mix_weight(to_weight.flatten(2), x.to(g.dtype).flatten(2), geometry.groups, factor)
-    return gx.view(n, c, *to_input.shape[2:]), gw.view(o, i)
+    gx = gw = None
+    if wants_input:
+        gx = mix_input(to_input.flatten(2), sum_taps(weight.to(g.dtype)), geometry.groups)
+        gx = gx.view(g.shape[0], geometry.in_channels, *to_input.shape[2:])
+    if x is not None:
+        gw = mix_weight(to_weight.flatten(2), x.to(g.dtype).flatten(2), geometry.groups, factor)
+    return gx, gw
+
+
+def _grid_backward(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+                   patch_px: int, wants_input: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    n, o, i = g.shape[0], geometry.out_channels, geometry.in_channels // geometry.groups
+    ku, kv = geometry.kernel
+    t = received_grid(g, geometry, patch_px)
+    grid = t.shape[4:]
+    # taps become further channels of the product: (n, o u v, l) with weight (o u v, i)
+    t = t.flatten(4).flatten(1, 3)
+    gx = gw = None
+    if wants_input:
+        gx = mix_input(t, weight.to(g.dtype).permute(0, 2, 3, 1).reshape(o * ku * kv, i), geometry.groups)
+        area = cell_area(geometry.in_hw, input_cell(geometry, patch_px, "grid"))
+        gx = gx.view(n, geometry.in_channels, *grid) / on(area, g)
+    if x is not None:
+        gw = mix_weight(t, x.to(g.dtype).flatten(2), geometry.groups)
+        gw = gw.view(o, ku, kv, i).permute(0, 3, 1, 2).contiguous()
+    return gx, gw
+
+
+def grid_gradients(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+                   patch_px: int, taps: Taps, wants_input: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As `grid_backward`, but gw (o i u v) with its taps filled in, in the memory order of the weight."""
+    gx, gw = grid_backward(x, g, weight, geometry, patch_px, taps, wants_input)
+    return gx, spread_taps(gw, weight) if gw is not None and taps == "mean" else gw
 
 
 class GradientFilter(LayerMethod):
@@ -182,20 +188,30 @@ class GradientFilter(LayerMethod):
     def receive(self, gy: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         return self._analyse(gy, (self.patch_px, self.patch_px)).to(torch.promote_types(gy.dtype, torch.float32))
 
+    def gradients(self, kept: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+                  wants_input: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        samples, cell = g.shape[0], input_cell(geometry, self.patch_px, self.taps)
+        if self.bases > 1:
+            kept, g = None if kept is None else fold_bases(kept), fold_bases(g)
+        gx, gw = grid_gradients(kept, g, weight, geometry, self.patch_px, self.taps, wants_input)
+        if gx is None:
+            return None, gw
+        if self.bases > 1:
+            coefficients = gx.view(samples, self.bases, *gx.shape[1:]).transpose(1, 2)
+            return synthesise(coefficients, geometry.in_hw, cell), gw
+        return kernels.patch_spread(gx, *geometry.in_hw, *cell), gw
+
     def grad_input(self, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
-        cell = input_cell(geometry, self.patch_px, self.taps)
-        if self.bases == 1:
-            gx = grid_grad_input(g, weight, geometry, self.patch_px, self.taps)
-            return kernels.patch_spread(gx, *geometry.in_hw, *cell)
-        flat = fold_bases(g)
-        gx = grid_grad_input(flat, weight, geometry, self.patch_px, "mean")
-        coefficients = gx.view(g.shape[0], self.bases, *gx.shape[1:]).transpose(1, 2)
-        return synthesise(coefficients, geometry.in_hw, cell)
+        gx, _ = self.gradients(None, g, weight, geometry, wants_input=True)
+        assert gx is not None
+        return gx
 
     def grad_weight(self, kept: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
-        if self.bases > 1:
-            kept, g = fold_bases(kept), fold_bases(g)
-        return grid_grad_weight(kept, g, geometry, self.patch_px, self.taps)
+        # the shape and memory order of a weight, without its numbers
+        weight = g.new_empty(1).expand(geometry.out_channels, kept.shape[1] // geometry.groups, *geometry.kernel)
+        _, gw = self.gradients(kept, g, weight, geometry, wants_input=False)
+        assert gw is not None
+        return gw
 
     def _analyse(self, x: torch.Tensor, cell: Cell) -> torch.Tensor:
         if self.bases == 1:

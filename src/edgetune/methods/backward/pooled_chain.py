@@ -37,8 +37,7 @@ from edgetune.hosts.runs import convex_runs
 from edgetune.hosts.schedule import Schedule, schedule
 from edgetune.methods.backward.gradient_filter import (
     GradientFilter,
-    grid_grad_input,
-    grid_grad_weight,
+    grid_gradients,
     input_cell,
 )
 from edgetune.recognise import MASKS, SMOOTH
@@ -97,5 +96,4 @@ class _Grid:
     """The products of gradient filtering, as the chain's host asks for them."""
 
     input_cell = staticmethod(input_cell)
-    grad_input = staticmethod(grid_grad_input)
-    grad_weight = staticmethod(grid_grad_weight)
+    gradients = staticmethod(grid_gradients)
