@@ -30,7 +30,8 @@ SPEEDUPS = ("backward_speedup", "grid_speedup", "keep_overhead", "cosine", "scal
 
 
 class LayersOptions(Record):
-    """Which layers, how set, how long. `turn_ms` is how long one function runs before the next has its turn."""
+    """Which layers, how set, how long. `turn_ms` is how long one function runs before the next has its turn;
+    `quick` is one round of the small layers."""
 
     shapes: tuple[tuple[int, int, int], ...] = PUBLISHED
     patch_px: tuple[int, ...] = (2, 4)
@@ -41,15 +42,21 @@ class LayersOptions(Record):
     turn_ms: float = Field(5.0, ge=0)
     device: str = "cpu"
     seed: int = 0
+    quick: bool = False
 
 
 def run(options: LayersOptions | None = None, progress: Callable[[timing.Row], None] | None = None) -> timing.Result:
     """Measure every shape with every setting; `progress` sees each row as soon as it is there."""
     options = options or LayersOptions()
+    if options.quick:
+        small = tuple(shape for shape in options.shapes if shape[0] * shape[1] * shape[2] < 128 * 1024)
+        options = options.model_copy(update={"rounds": 1, "turn_ms": 0.0, "shapes": small})
+    allocator = timing.keep_freed_memory()
     rows: list[timing.Row] = []
     with timing.threads(options.threads), torch.no_grad():
         for shape in options.shapes:
             for row in _shape(_Layer.drawn(shape, options), options):
+                row["allocator"] = allocator
                 rows.append(row)
                 if progress is not None:
                     progress(row)
@@ -106,8 +113,8 @@ def _shape(layer: _Layer, options: LayersOptions) -> list[timing.Row]:
     functions = _baselines(layer)
     for own in settings:
         functions |= {f"{part} {own.taps} {own.patch_px}": call for part, call in _method(layer, own).items()}
-    ms = timing.interleave(functions, rounds=options.rounds, turn_ms=options.turn_ms, device=options.device)
-    return [_row(layer, own, exact, ms, options) for own in settings]
+    timed = timing.interleave(functions, rounds=options.rounds, turn_ms=options.turn_ms, device=options.device)
+    return [_row(layer, own, exact, timed, options) for own in settings]
 
 
 def _baselines(layer: _Layer) -> dict[str, Callable[[], object]]:
@@ -123,26 +130,28 @@ def _method(layer: _Layer, own: GradientFilter) -> dict[str, Callable[[], object
     kept, on_grid = own.save(layer.x, geometry), own.receive(layer.gy, geometry)
 
     def unpooled() -> object:
-        g = own.receive(layer.gy, geometry)
-        return own.grad_weight(kept, g, geometry), own.grad_input(g, weight, geometry)
+        return own.gradients(kept, own.receive(layer.gy, geometry), weight, geometry, wants_input=True)
 
     return {"keep": lambda: own.save(layer.x, geometry), "method": unpooled,
             "grid": lambda: grid_backward(kept, on_grid, weight, geometry, own.patch_px, own.taps)}
 
 
-def _row(layer: _Layer, own: GradientFilter, exact: tuple[torch.Tensor, torch.Tensor], ms: dict[str, float],
+def _row(layer: _Layer, own: GradientFilter, exact: tuple[torch.Tensor, torch.Tensor], timed: timing.Timed,
          options: LayersOptions) -> timing.Row:
+    ms = timed.ms
     keep, method, grid = (ms[f"{part} {own.taps} {own.patch_px}"] for part in ("keep", "method", "grid"))
     forward, baseline = min(ms["forward"], ms["forward last"]), min(ms["exact"], ms["exact last"])
     kept = own.save(layer.x, layer.geometry)
+    layout = "contiguous" if ms["exact"] <= ms["exact last"] else "channels_last"
     n, c, h, w = layer.x.shape
     return {"case": f"{c}@{h}x{w}", "method": own.method, "patch_px": own.patch_px, "taps": own.taps, "batch": n,
             "threads": options.threads, "device": options.device, "seed": options.seed, "kernel_size": 3,
-            "baseline_ms": baseline, "baseline_layout": "contiguous" if ms["exact"] <= ms["exact last"] else "channels_last",
+            "baseline_ms": baseline, "baseline_layout": layout, "quick": options.quick,
             "forward_ms": forward, "keep_ms": keep, "method_ms": method, "grid_ms": grid,
             "speedup": (forward + baseline) / (forward + keep + method), "backward_speedup": baseline / method,
             "grid_speedup": baseline / grid, "keep_overhead": keep / forward,
             "kept_bytes": kept.nbytes, "kept_bytes_baseline": layer.x.nbytes, "load": timing.load_average(),
+            "others": timed.others,
             **_faithfulness(layer, own, exact), "error": _error(layer, own)}
 
 
@@ -181,7 +190,7 @@ def slow_backward(x: torch.Tensor, weight: torch.Tensor, gy: torch.Tensor, geome
     x, weight, gy = x.double(), weight.double(), gy.double()
 
     def flat(t: torch.Tensor) -> torch.Tensor:
-        return kernels.patch_spread(kernels.patch_mean(t, *cell), *t.shape[2:], *cell)
+        return kernels.patch_spread(kernels.patch_mean(t, *cell), t.shape[2], t.shape[3], *cell)
 
     if taps == "mean":
         inside, top = torch.ones((1, 1, *hw), dtype=x.dtype, device=x.device), (geometry.pads[0], geometry.pads[2])

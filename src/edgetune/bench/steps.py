@@ -1,8 +1,9 @@
 """Whole training steps: forward, loss, backward and the optimizer's step, plain against the pooled chain.
 
 Plain is stock autograd with the same layers learning and its norms in evaluation, in the memory order (contiguous or
-channels last) in which it is faster; so is the method. The forward pass alone, without gradients, is the limit that
-no backward method can pass. Kept bytes come from saved-tensor hooks, peaks from the allocator.
+channels last) in which it is faster; so is the method. Both take the same fused SGD step. The forward pass alone,
+without gradients, is the limit that no backward method can pass. Kept bytes come from saved-tensor hooks, peaks from
+the allocator.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from torch import nn
 
 from edgetune.apply import apply
 from edgetune.bench import timing
+from edgetune.contract import Plan
 from edgetune.graph import Graph, trace
 from edgetune.methods.backward.gradient_filter import Taps
 from edgetune.methods.backward.pooled_chain import PooledChain
@@ -31,11 +34,14 @@ RATIOS = ("speedup", "over_forward", "kept_ratio", "peak_ratio", "beyond_ratio")
 
 
 class StepsOptions(Record):
-    """Which networks at which sizes; how many of the last convolutions learn (None: all); how they are filtered."""
+    """Which networks at which sizes; how many of the last convolutions learn; how they are filtered.
+
+    `quick` is one round of the first size.
+    """
 
     models: tuple[str, ...] = ("mobilenet_v2", "resnet18", "mcunet")
     sizes_px: tuple[int, ...] = (224, 128)
-    depths: tuple[int | None, ...] = (2, 4, None)
+    depths: tuple[int | Literal["all"], ...] = (2, 4, "all")
     patch_px: tuple[int, ...] = (2, 4)
     taps: Taps = "mean"
     batch: int = Field(8, ge=1)
@@ -43,14 +49,19 @@ class StepsOptions(Record):
     rounds: int = Field(7, ge=1)
     device: str = "cpu"
     seed: int = 0
+    quick: bool = False
 
 
 def run(options: StepsOptions | None = None, progress: Callable[[timing.Row], None] | None = None) -> timing.Result:
     """Measure every network, size and depth; `progress` sees each row as soon as it is there."""
     options = options or StepsOptions()
+    if options.quick:
+        options = options.model_copy(update={"rounds": 1, "sizes_px": options.sizes_px[:1]})
+    allocator = timing.keep_freed_memory()
     rows: list[timing.Row] = []
     with timing.threads(options.threads):
         for row in _rows(options):
+            row["allocator"] = allocator
             rows.append(row)
             if progress is not None:
                 progress(row)
@@ -80,13 +91,13 @@ class _Case:
     model: nn.Module
     graph: Graph
     x: torch.Tensor
-    depth: int | None
+    depth: int | Literal["all"]
     options: StepsOptions
 
     def plain(self, layout: str) -> _Trainee:
         """Stock autograd, the same parameters learning."""
         model = self._copy(layout)
-        learned = last_layers(self.graph, self.depth, self._method(1)).learned()
+        learned = self._plan(1).learned()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in learned)
         return _Trainee(model, self.x.contiguous(memory_format=LAYOUTS[layout]))
@@ -94,14 +105,16 @@ class _Case:
     def filtered(self, layout: str, patch_px: int) -> _Trainee:
         """The pooled chain."""
         model = self._copy(layout)
-        apply(model, last_layers(self.graph, self.depth, self._method(patch_px)), self.graph)
+        apply(model, self._plan(patch_px), self.graph)
         return _Trainee(model, self.x.contiguous(memory_format=LAYOUTS[layout]))
 
-    def _method(self, patch_px: int) -> PooledChain:
-        return PooledChain(patch_px=patch_px, taps=self.options.taps)
+    def _plan(self, patch_px: int) -> Plan:
+        count = None if self.depth == "all" else self.depth
+        return last_layers(self.graph, count, PooledChain(patch_px=patch_px, taps=self.options.taps))
 
     def _copy(self, layout: str) -> nn.Module:
-        return copy.deepcopy(self.model).to(memory_format=LAYOUTS[layout]).eval()
+        model: nn.Module = copy.deepcopy(self.model).to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+        return model.eval()
 
 
 class _Trainee:
@@ -112,7 +125,7 @@ class _Trainee:
         self.labels = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # a rate of almost nothing: thousands of steps on one batch must not run into infinities
-        self.optimizer = torch.optim.SGD(learned, lr=1e-9, momentum=0.9)
+        self.optimizer = torch.optim.SGD(learned, lr=1e-9, momentum=0.9, fused=True)
 
     def step(self) -> None:
         self.optimizer.zero_grad()
@@ -137,17 +150,18 @@ def _depth(name: str, case: _Case) -> Iterator[timing.Row]:
         for r in options.patch_px:
             trainees[f"{r} {layout}"] = chain = case.filtered(layout, r)
             functions[f"{r} {layout}"] = chain.step
-    ms = timing.interleave(functions, rounds=options.rounds, device=options.device)
+    ms, others = timing.interleave(functions, rounds=options.rounds, device=options.device)
     baseline, forward = _fastest(ms, "plain"), _fastest(ms, "forward")
     cost = trainees[f"plain {baseline}"].cost()
     for r in options.patch_px:
         layout = _fastest(ms, str(r))
-        yield {"case": f"{name}@{case.x.shape[-1]} {'all' if case.depth is None else f'last {case.depth}'}",
+        yield {"case": f"{name}@{case.x.shape[-1]} {case.depth if case.depth == 'all' else f'last {case.depth}'}",
                "model": name, "size_px": case.x.shape[-1], "depth": case.depth, "method": "pooled_chain",
                "patch_px": r, "taps": options.taps, "batch": options.batch, "threads": options.threads,
                "device": options.device, "seed": options.seed, "layout": layout, "baseline_layout": baseline,
                "baseline_ms": ms[f"plain {baseline}"], "method_ms": ms[f"{r} {layout}"],
                "forward_ms": ms[f"forward {forward}"], "load": timing.load_average(),
+               "others": others, "quick": options.quick,
                "speedup": ms[f"plain {baseline}"] / ms[f"{r} {layout}"],
                "over_forward": ms[f"{r} {layout}"] / ms[f"forward {forward}"] - 1,
                **_memory(trainees[f"{r} {layout}"].cost(), cost)}

@@ -6,6 +6,7 @@ round, so that whatever else the machine does falls on all of them alike. The ra
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -16,34 +17,90 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from edgetune.kernels import build
 from edgetune.record import atomic_write
 
+QUIET = 0.05
+"""A round in which others had less of the machine counts as undisturbed."""
+PATIENCE = 3
+"""How many times the rounds may be repeated to find undisturbed ones."""
+
 Row = dict[str, Any]
 Result = dict[str, Any]
 """`machine` (str), `versions` (name -> version), `git` (str) and `rows` (list of Row)."""
 
 
+class Timed(NamedTuple):
+    """Median milliseconds of each function, and the share of the machine that other processes had meanwhile (0-1)."""
+
+    ms: dict[str, float]
+    others: float
+
+
 def interleave(functions: Mapping[str, Callable[[], object]], *, rounds: int = 15, turn_ms: float = 0.0,
-               device: str = "cpu") -> dict[str, float]:
-    """Median milliseconds of one call of each function, all taking turns in every round.
+               device: str = "cpu") -> Timed:
+    """Time functions in turns, all of them in every round; the medians of the quietest `rounds` rounds.
 
     A turn is one call that is not timed, which brings back the caches that the others have emptied, and then at
     least one timed call, repeated for about `turn_ms`. The order of the turns is reversed from round to round.
+    While other processes disturb more than QUIET of the machine, up to PATIENCE times as many rounds are made.
     """
     repeats = {name: _repeats(function, turn_ms, device) for name, function in functions.items()}
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    order = list(functions)
-    for _ in range(rounds):
+    order, found = list(functions), list[tuple[float, dict[str, float]]]()
+    for _ in range(PATIENCE * rounds):
+        watch = _Watch()
+        times: dict[str, float] = {}
         for name in order:
             functions[name]()
-            times[name].append(_time(functions[name], repeats[name], device))
+            times[name] = _time(functions[name], repeats[name], device)
+        found.append((watch.others(), times))
         order.reverse()
-    return {name: statistics.median(found) for name, found in times.items()}
+        if sum(others <= QUIET for others, _ in found) >= rounds:
+            break
+    quietest = sorted(found, key=lambda each: each[0])[:rounds]
+    return Timed({name: statistics.median(times[name] for _, times in quietest) for name in functions},
+                 round(statistics.mean(others for others, _ in quietest), 3))
+
+
+class _Watch:
+    """How much of the machine other processes have had since it was made, where the system tells (Linux)."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def others(self) -> float:
+        """Share of all cores, 0 to 1."""
+        busy, own, elapsed = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        cores = os.cpu_count() or 1
+        return min(max(busy - own, 0.0) / (elapsed * cores), 1.0) if busy else 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds: all cores busy, this process, the clock."""
+        try:
+            user, nice, system, _, _, *interrupts = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+            busy = sum(map(float, (user, nice, system, *interrupts))) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError):
+            busy = 0.0
+        return busy, time.process_time(), time.perf_counter()
+
+
+def keep_freed_memory() -> str:
+    """Let the process keep what it frees, as the allocators do that torch's tuning guide advises; says what is used.
+
+    Otherwise glibc gives large blocks back at once, and every step pays for their pages anew: method and baseline
+    alike, but the faults would drown what is measured. Nothing changes on other systems.
+    """
+    trim_threshold, mmap_threshold, huge = -1, -3, 2**30
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return "the system's"
+    return "glibc, freed memory kept" if mallopt(mmap_threshold, huge) and mallopt(trim_threshold, huge) else "glibc"
 
 
 def _time(function: Callable[[], object], repeats: int, device: str) -> float:
@@ -58,7 +115,7 @@ def _time(function: Callable[[], object], repeats: int, device: str) -> float:
 def _repeats(function: Callable[[], object], turn_ms: float, device: str) -> int:
     """How many calls fill a turn; also the warm-up."""
     function()
-    once = min(_time(function, 1, device) for _ in range(3))
+    once = min(_time(function, 1, device) for _ in range(3 if turn_ms else 1))
     return max(1, min(round(turn_ms / max(once, 1e-3)), 1000))
 
 
@@ -123,16 +180,20 @@ def result(rows: list[Row], device: str = "cpu") -> Result:
     return {"machine": machine(device), "versions": versions(), "git": git_hash(), "rows": rows}
 
 
+SAME = ("suite", "machine", "case", "method", "patch_px", "taps", "batch", "threads", "quick")
+"""What two rows have in common when the later one replaces the earlier."""
+
+
 def save(path: str | Path, suite: str, found: Result) -> None:
-    """Write the rows as JSON lines, each complete in itself; rows of other machines in the file stay.
+    """Write the rows as JSON lines, each complete in itself, in place of older ones of the same case and machine.
 
     Raises RunError when the file cannot be written.
     """
     target = Path(path)
     stamp = {"suite": suite, **{name: found[name] for name in ("machine", "git", "versions")}}
-    others = [row for row in read(target) if row["machine"] != found["machine"]] if target.exists() else []
-    lines = [json.dumps(row) + "\n" for row in (*others, *({**stamp, **row} for row in found["rows"]))]
-    atomic_write(target, "".join(lines).encode())
+    rows = [*(read(target) if target.exists() else []), *({**stamp, **row} for row in found["rows"])]
+    latest = {tuple(str(row.get(name)) for name in SAME): row for row in rows}
+    atomic_write(target, "".join(json.dumps(row) + "\n" for row in latest.values()).encode())
 
 
 def read(path: str | Path) -> list[Row]:

@@ -62,7 +62,7 @@ def input_cell(geometry: ConvGeometry, patch_px: int, taps: Taps) -> Cell:
 
 
 class Received(NamedTuple):
-    """Mean form: g as the input gradient reads it, and as the weight gradient does, which is `factor` times `weight`."""
+    """Mean form: g as the input gradient reads it, and as the weight gradient does: `factor` times `weight`."""
 
     input: torch.Tensor
     weight: torch.Tensor
@@ -118,7 +118,8 @@ def received_grid(g: torch.Tensor, geometry: ConvGeometry, patch_px: int) -> tor
 
 
 def grid_backward(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
-                  patch_px: int, taps: Taps, wants_input: bool = True) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+                  patch_px: int, taps: Taps, wants_input: bool = True,
+                  ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Both gradients on the grid from patch means of x (None: no gw) and of gy: gx (n c p' q') and gw.
 
     In the mean form gw is (o i), the value of every tap; in the grid form (o i u v).
