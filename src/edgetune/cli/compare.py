@@ -82,7 +82,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     )
     columns = [_cells(row) for row in rows]
     lines = [(name, *(column[number] for column in columns)) for number, name in enumerate(names)]
-    console().print(table("", ("", *(row["run"] for row in rows)), lines, fold=True))
+    console().print(table("", ("", *(row["run"] for row in rows)), lines))
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -30,11 +30,10 @@ def table(
     rows: Sequence[Sequence[str]],
     *,
     last: Sequence[str] | None = None,
-    fold: bool = False,
 ) -> Table:
     """A table whose first column is left-aligned and the others right-aligned; `last` stands under a rule.
 
-    Cells stay on one line unless `fold`.
+    Where the terminal is narrow, cells go on in the next line: nothing is cut off.
     """
     made = Table(
         title=title,
@@ -51,7 +50,6 @@ def table(
             overflow="fold",
             header_style="dim",
             footer=last[number] if last is not None else "",
-            no_wrap=number > 0 and not fold,
         )
     for row in rows:
         made.add_row(*(escape(cell) for cell in row))

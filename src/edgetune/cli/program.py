@@ -1,4 +1,4 @@
-"""How every verb behaves: refusals in one sentence with exit status 2, Ctrl-C with 130, --json with or without a file."""
+"""How every verb behaves: refusals in one sentence with exit status 2, Ctrl-C with 130, `--json` without a file."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -63,11 +63,14 @@ def title(run: Run) -> str:
 def lead(story: Story) -> str:
     """What happened, in two sentences."""
     run, costs = story.run, story.costs
+    reached = run.epochs[-1].val_accuracy if run.epochs else None
     said = (
         f"After {len(run.epochs)} {'epoch' if len(run.epochs) == 1 else 'epochs'} on "
         f"{run.data.counts.get('train', 0)} pictures, accuracy went from <b>{percent(run.accuracy_before)}</b> to "
-        f"<b>{percent(run.accuracy_after)}</b>"
+        f"<b>{percent(run.accuracy_after if run.accuracy_after is not None else reached)}</b>"
     )
+    if run.status != "finished":
+        said = f"This run is not finished ({run.status}). {said}"
     if run.plain is not None and run.plain.accuracy is not None:
         said += f"; plain back-propagation through all layers reached {percent(run.plain.accuracy)}"
     said += "."
@@ -75,9 +78,11 @@ def lead(story: Story) -> str:
         ours = costs.planned_measured or costs.planned_predicted
         plain = costs.plain_measured or costs.plain_predicted
         if ours.kept_bytes and ours.peak_bytes:
+            about = "" if costs.plain_measured is not None else "a predicted "
             said += (
-                f" Training took {format_bytes(ours.peak_bytes)} at its peak instead of {format_bytes(plain.peak_bytes)}, "
-                f"and kept {format_bytes(ours.kept_bytes)} for the backward pass instead of {format_bytes(plain.kept_bytes)}."
+                f" Training took {format_bytes(ours.peak_bytes)} at its peak instead of {about}"
+                f"{format_bytes(plain.peak_bytes)}, and kept {format_bytes(ours.kept_bytes)} for the backward pass "
+                f"instead of {format_bytes(plain.kept_bytes)}."
             )
     return said
 
@@ -152,8 +157,9 @@ def memory(story: Story) -> str:
     )
     figure = memory_by_layer([str(view.number) for view in story.views], ours, plain, seen or None)
     return (
-        '<h2>Memory by layer</h2><p class="note">What each convolution or linear layer, with the norms, activations and '
-        "adds behind it, keeps from the forward pass until backward needs it. The numbers are those of the picture below.</p>"
+        '<h2>Memory by layer</h2><p class="note">What each convolution or linear layer, with the norms, '
+        "activations and adds behind it, keeps from the forward pass until backward needs it. The numbers are those of "
+        "the picture below.</p>"
         f'<figure class="wide scroll">{figure}</figure>'
     )
 
@@ -235,8 +241,8 @@ def facts(story: Story) -> str:
 
 
 def html_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "", left: set[int] = frozenset()
-) -> str:  # type: ignore[assignment]
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "", left: Collection[int] = ()
+) -> str:
     """Cells are HTML already; the columns in `left` are aligned left, as the first always is."""
     head = "".join(f"<th{_left(n, left)}>{escape(name)}</th>" for n, name in enumerate(columns))
     body = "".join(
@@ -247,5 +253,5 @@ def html_table(
     )
 
 
-def _left(number: int, left: set[int]) -> str:
+def _left(number: int, left: Collection[int]) -> str:
     return ' class="left"' if number in left else ""

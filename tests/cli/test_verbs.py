@@ -1,0 +1,179 @@
+"""What each verb prints for people and gives to programs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgetune.cli import VERBS
+from verbs import QUICK, draw, run_verb
+
+
+def answer(*words: object) -> Any:
+    """What a verb gives to a program."""
+    done = run_verb(*words, "--json", "-")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_examples_that_hold(verb: str) -> None:
+    done = run_verb(verb, "--help")
+    assert done.exit_code == 0
+    assert f"edgetune {verb}" in done.stdout and "Examples" in done.stdout
+    assert len(done.stdout.splitlines()) > 12
+
+
+def test_help_comes_at_once_because_it_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['edgetune', 'train', '--help']\nfrom edgetune.cli import main\ntry: main()\n"
+        "finally: print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_module_is_the_same_as_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "edgetune", "explain", "exact"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Exact gradients")
+
+
+class TestTrain:
+    def test_leaves_a_whole_run_folder(self, finished: Path) -> None:
+        assert {"run.json", "plan.json", "weights.safetensors", "report.html"} <= {f.name for f in finished.iterdir()}
+        assert not list(finished.glob("*.checkpoint"))
+
+    def test_result_has_both_trainings_predicted_and_measured(self, finished: Path) -> None:
+        run = json.loads((finished / "run.json").read_text())
+        assert 0 <= run["accuracy_after"] <= 1 and 0 <= run["plain"]["accuracy"] <= 1
+        for name in ("planned_predicted", "planned_measured", "plain_predicted", "plain_measured"):
+            assert run["costs"][name]["kept_bytes"] > 0 and run["costs"][name]["peak_bytes"] > 0
+
+    def test_tells_as_json(self, tmp_path: Path) -> None:
+        told = answer("train", *QUICK, "--limit", 20, "--out", tmp_path / "run")
+        assert told["status"] == "finished" and told["plain"] is None
+        assert told["folder"] == str(tmp_path / "run")
+
+    def test_head_of_another_class_count_is_replaced(self, photos: Path, tmp_path: Path) -> None:
+        done = run_verb("train", "--model", "digits_net", "--data", photos, *QUICK, "--out", tmp_path / "run")
+        assert done.exit_code == 0, done.output
+        assert "its head (10 classes) is replaced by a new one for 2 classes" in done.stderr
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["classes"] == ["dark", "light"]
+
+    def test_takes_a_plan_file_as_edited(self, tmp_path: Path) -> None:
+        file = tmp_path / "plan.json"
+        assert run_verb("plan", "--method", "pooled_chain", "--last", 2, "--limit", 20, "--out", file).exit_code == 0
+        plan = json.loads(file.read_text())
+        for settings in plan["layers"].values():
+            settings[0]["patch_px"] = 4
+        file.write_text(json.dumps(plan))
+        told = answer("train", "--plan", file, "--epochs", 1, "--limit", 20, "--no-baseline", "--out", tmp_path / "run")
+        assert told["status"] == "finished"
+        used = json.loads((tmp_path / "run" / "plan.json").read_text())
+        assert {settings[0]["patch_px"] for settings in used["layers"].values()} == {4}
+
+    def test_names_the_folder_itself(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert answer("train", *QUICK, "--limit", 20)["folder"] == "runs/digits_net-digits-1"
+        assert answer("train", *QUICK, "--limit", 20)["folder"] == "runs/digits_net-digits-2"
+
+
+class TestUse:
+    def test_eval_repeats_the_accuracy_of_the_run(self, finished: Path) -> None:
+        run = json.loads((finished / "run.json").read_text())
+        told = answer("eval", finished)
+        assert told["accuracy"] == pytest.approx(run["accuracy_after"])
+        assert sum(row["seen"] for row in told["rows"]) == run["data"]["counts"]["val"]
+
+    def test_eval_takes_other_data(self, finished: Path) -> None:
+        told = answer("eval", finished, "--data", "digits:clean", "--limit", 50)
+        assert sum(row["seen"] for row in told["rows"]) == 50
+        assert told["accuracy"] > 0.8
+
+    def test_predict_tells_classes_of_the_run(self, finished: Path, tmp_path: Path) -> None:
+        draw(tmp_path / "a.png", 90)
+        rows = answer("predict", finished, tmp_path / "a.png", "--top", 2)["rows"]
+        assert [len(row["classes"]) for row in rows] == [2]
+        first, second = rows[0]["classes"]
+        assert first["class"] in "0123456789" and 1 >= first["probability"] >= second["probability"] >= 0
+
+    def test_compare_puts_runs_side_by_side(self, finished: Path) -> None:
+        rows = answer("compare", finished, finished)["rows"]
+        assert len(rows) == 2 and rows[0] == rows[1]
+        assert rows[0]["methods"] == ["pooled_chain r=2"] and rows[0]["measured"]
+        assert run_verb("compare", finished, width=200).stdout.count(str(finished)) == 1
+
+    def test_report_is_written_anew(self, finished: Path) -> None:
+        before = (finished / "report.html").read_text()
+        (finished / "report.html").unlink()
+        assert answer("report", finished)["report"] == str(finished / "report.html")
+        assert (finished / "report.html").read_text() == before
+
+
+class TestInform:
+    def test_list_has_everything(self) -> None:
+        told = answer("list")
+        assert "mobilenet_v2" in told["models"] and "digits" in told["data"]
+        assert {"exact", "gradient_filter", "pooled_chain"} <= set(told["methods"])
+
+    def test_explain(self) -> None:
+        told = answer("explain", "Pooled-Chain")
+        assert told["settings"]["patch_px"]["default"] == 2
+        assert told["text"] == run_verb("explain", "pooled_chain").stdout.rstrip("\n")
+
+    def test_doctor(self) -> None:
+        told = answer("doctor")
+        assert told["packages"]["torch"] and told["threads"] >= 1
+        assert set(told["kernels"]["ops"].values()) <= {"native", "torch"}
+        assert "kernels" in run_verb("doctor").stdout
+
+    def test_profile_measures_what_it_predicts(self) -> None:
+        told = answer("profile", "--model", "digits_net", "--batch-size", 2, "--measure")
+        assert told["predicted"]["kept_bytes"] == told["measured"]["kept_bytes"]
+        assert told["predicted"]["step_ms"] is None and told["measured"]["step_ms"] > 0
+
+    def test_plan_keeps_to_its_budget(self, tmp_path: Path) -> None:
+        told = answer("plan", "--memory", "900KiB", "--batch-size", 8, "--limit", 40, "--out", tmp_path / "p.json")
+        assert told["predicted"]["peak_bytes"] <= 900 * 1024
+        assert json.loads((tmp_path / "p.json").read_text()) == told["plan"]
+
+    def test_json_goes_to_a_file_or_out(self, tmp_path: Path) -> None:
+        done = run_verb("list", "--json", tmp_path / "l.json")
+        assert (done.exit_code, done.stdout) == (0, "")
+        assert (
+            json.loads((tmp_path / "l.json").read_text())
+            == answer("list")
+            == json.loads(run_verb("list", "--json").stdout)
+        )
+
+    def test_bench_prints_one_object(self, tmp_path: Path) -> None:
+        told = answer(
+            "bench",
+            "steps",
+            "--set",
+            "models=mcunet",
+            "--set",
+            "sizes_px=64",
+            "--set",
+            "depths=2",
+            "--set",
+            "patch_px=4",
+            "--set",
+            "rounds=1",
+            "--set",
+            "batch=1",
+            "--threads",
+            1,
+            "--out",
+            tmp_path / "s.jsonl",
+        )
+        assert {"machine", "versions", "rows"} <= set(told)
+        assert len((tmp_path / "s.jsonl").read_text().splitlines()) == len(told["rows"]) > 0
