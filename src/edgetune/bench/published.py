@@ -16,7 +16,7 @@ from pydantic import Field
 
 from edgetune.contract import LayerMethod
 from edgetune.graph import Call
-from edgetune.methods.backward.gradient_filter import mix_input, mix_weight
+from edgetune.hosts.products import mix_input, mix_weight
 from edgetune.overlap import ConvGeometry, cells
 
 
