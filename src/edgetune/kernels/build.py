@@ -22,9 +22,11 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+
+import torch
 
 from edgetune.record import Record
 
@@ -158,6 +160,14 @@ def _build_with(compiler: tuple[str, ...]) -> tuple[ctypes.CDLL, Path]:
         return _open(path), path
 
 
+def _share_threads(library: ctypes.CDLL) -> None:
+    """Let the kernels run on torch's own OpenMP threads, where it has GNU's: two pools would fight for the cores."""
+    with suppress(OSError, AttributeError):
+        path = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
+        if path is not None and str(path) in Path("/proc/self/maps").read_text():
+            library.et_use_team(ctypes.CDLL(str(path)).GOMP_parallel)
+
+
 _guard = threading.Lock()
 _loaded: tuple[ctypes.CDLL | None, Status] | None = None
 
@@ -173,6 +183,7 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
         except (_BuildError, OSError, AttributeError) as failure:
             reasons.append(str(failure))
             continue
+        _share_threads(library)
         return library, Status(native=True, reason="compiled for this CPU", compiler=" ".join(compiler),
                                path=str(path), cpu=model, cpu_flags=flags, ops=OPS)
     reason = "; ".join(reasons) or ("no C compiler was found: install gcc or clang, or `pip install "

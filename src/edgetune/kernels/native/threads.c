@@ -1,7 +1,10 @@
 /* The pool: workers sleep on a condition, join an open job, and take blocks from an atomic counter.
  *
  * A worker that wakes too late finds the job closed and goes back to sleep, so nobody waits for it. A forked child
- * has no workers: it starts with an empty pool. A second caller at the same time works alone. */
+ * has no workers: it starts with an empty pool. A second caller at the same time works alone.
+ *
+ * Where the caller brings a team of its own (et_use_team), that one works instead: two pools that wait for work by
+ * spinning would take the cores from each other. */
 #define _GNU_SOURCE
 #include "threads.h"
 
@@ -27,6 +30,8 @@ static struct {
     _Atomic int64_t next;
 } pool = {.submit = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER,
           .work = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER};
+
+static _Atomic(et_team) borrowed;
 
 static inline void pause_cpu(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -76,13 +81,18 @@ static void forget_workers(void) {
     pthread_cond_init(&pool.done, NULL);
     pool.workers = pool.wanted = pool.active = 0;
     pool.open = false;
+    atomic_store(&borrowed, NULL);  /* its threads have stayed in the parent */
 }
 
-static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_workers); }
+static void register_child(void) { pthread_atfork(NULL, NULL, forget_workers); }
+
+static void watch_forks(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, register_child);
+}
 
 static void add_workers(int count) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, watch_forks);
+    watch_forks();
     while (pool.workers < count && pool.workers < MAX_WORKERS) {
         pthread_t thread;
         pthread_attr_t attributes;
@@ -95,11 +105,35 @@ static void add_workers(int count) {
     }
 }
 
+typedef struct { et_body body; const void *job; int64_t items, block; _Atomic int64_t next; } shared_job;
+
+static void share_blocks(void *data) {
+    shared_job *shared = data;
+    for (;;) {
+        int64_t begin = atomic_fetch_add(&shared->next, shared->block);
+        if (begin >= shared->items) return;
+        int64_t end = begin + shared->block;
+        shared->body(shared->job, begin, end < shared->items ? end : shared->items);
+    }
+}
+
+void et_use_team(et_team team) {
+    watch_forks();
+    atomic_store(&borrowed, team);
+}
+
 void et_parallel(et_body body, const void *job, int64_t items, int64_t bytes, int threads) {
     if (items <= 0) return;
     int64_t useful = bytes / BYTES_PER_THREAD;
     if (threads > useful) threads = (int)useful;
     if (threads > items) threads = (int)items;
+    et_team team = atomic_load(&borrowed);
+    if (threads > 1 && team != NULL) {
+        int64_t blocks = (int64_t)threads * BLOCKS_PER_THREAD;
+        shared_job shared = {.body = body, .job = job, .items = items, .block = (items + blocks - 1) / blocks};
+        team(share_blocks, &shared, (unsigned)threads, 0);
+        return;
+    }
     if (threads <= 1 || pthread_mutex_trylock(&pool.submit) != 0) {
         body(job, 0, items);
         return;
