@@ -32,6 +32,7 @@ from edgetune.bench.photos import inner_split
 from edgetune.bench.published import PublishedFilter
 from edgetune.contract import Method, Plan
 from edgetune.graph import Graph
+from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.gradient_filter import GradientFilter
 from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.plan import last_layers
@@ -71,6 +72,21 @@ def published(patch_px: int) -> Arm:
     return Arm("published operator", everywhere(PublishedFilter(patch_px=patch_px)), patch_px, "mean", scales=False)
 
 
+def exact_tail(patch_px: int, first_exact: int) -> Arm:
+    """The pooled chain in front, exact gradients from block `first_exact` of `features` on.
+
+    The last blocks have small maps, so that exactness costs few bytes there, and what they hand on is exact.
+    """
+
+    def plan(graph: Graph) -> Plan:
+        filtered = everywhere(PooledChain(patch_px=patch_px))(graph)
+        tail = tuple(f"features.{block}." for block in range(first_exact, 19))
+        layers = {name: ((Exact(),) if name.startswith(tail) else stack) for name, stack in filtered.layers.items()}
+        return filtered.model_copy(update={"layers": layers})
+
+    return Arm(f"chain, exact from block {first_exact}", plan, patch_px, "mean", scales=False)
+
+
 PLAIN = Arm("plain")
 SHIFTS = Arm("plain, shifts only", scales=False)
 BEFORE = Arm("before", trains=False)
@@ -91,6 +107,7 @@ GRID: tuple[tuple[Case, Arm], ...] = (
     (ALL, chain(2)),
     (HEAD, PLAIN),
     (ALL, chain(4)),
+    (ALL, exact_tail(2, 7)),
     *((CIFAR, arm) for arm in (BEFORE, PLAIN, chain(2))),
     *((LAST4, arm) for arm in _LAST[:4]),
     *((ALL, arm) for arm in (published(2), chain(2, "grid"), SHIFTS)),
