@@ -56,7 +56,12 @@ PlanFile = Annotated[
         "--plan", metavar="FILE", show_default=False, help=("Train by this plan, as `edgetune plan` writes it.")
     ),
 ]
-Epochs = Annotated[int, typer.Option("--epochs", metavar="N", min=1, help="Passes over the pictures.")]
+Epochs = Annotated[
+    int | None,
+    typer.Option(
+        "--epochs", metavar="N", min=1, show_default="10; 5 for the demo", help="Passes over the training pictures."
+    ),
+]
 LearningRate = Annotated[float, typer.Option("--learning-rate", metavar="X", help="The highest of the schedule.")]
 Out = Annotated[
     Path | None,
@@ -82,7 +87,7 @@ def train(
     data: Data = None,
     memory: options.Memory = None,
     step_ms: options.StepMs = None,
-    epochs: Epochs = 10,
+    epochs: Epochs = None,
     batch_size: options.BatchSize = 32,
     learning_rate: LearningRate = 0.01,
     seed: options.Seed = 0,
@@ -121,7 +126,7 @@ def train(
     )
     wish = Wish(memory=memory, step_ms=step_ms, method=method, patch_px=patch_px, taps=taps, last=last, file=plan)
     settings = {
-        "epochs": epochs,
+        "epochs": epochs or (5 if (order.model, order.data) == (DEMO_MODEL, DEMO_DATA) else 10),
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "seed": seed,
