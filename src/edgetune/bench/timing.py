@@ -26,7 +26,7 @@ from edgetune.record import atomic_write
 
 QUIET = 0.05
 """A round in which others had less of the machine counts as undisturbed."""
-PATIENCE = 3
+PATIENCE = 2
 """How many times the rounds may be repeated to find undisturbed ones."""
 
 Row = dict[str, Any]
@@ -45,8 +45,8 @@ def interleave(functions: Mapping[str, Callable[[], object]], *, rounds: int = 1
                device: str = "cpu") -> Timed:
     """Time functions in turns, all of them in every round; the medians of the quietest `rounds` rounds.
 
-    A turn is one call that is not timed, which brings back the caches that the others have emptied, and then at
-    least one timed call, repeated for about `turn_ms`. The order of the turns is reversed from round to round.
+    With `turn_ms` a turn is one call that is not timed, which brings back the caches that the others have emptied,
+    and then timed calls for about that long; without, it is one timed call. The order of the turns is reversed from round to round.
     While other processes disturb more than QUIET of the machine, up to PATIENCE times as many rounds are made.
     """
     repeats = {name: _repeats(function, turn_ms, device) for name, function in functions.items()}
@@ -55,7 +55,8 @@ def interleave(functions: Mapping[str, Callable[[], object]], *, rounds: int = 1
         watch = _Watch()
         times: dict[str, float] = {}
         for name in order:
-            functions[name]()
+            if turn_ms:
+                functions[name]()
             times[name] = _time(functions[name], repeats[name], device)
         found.append((watch.others(), times))
         order.reverse()

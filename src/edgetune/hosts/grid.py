@@ -55,6 +55,12 @@ def _placed(table: torch.Tensor, dtype: torch.dtype, device: str) -> torch.Tenso
     return table.to(device=device, dtype=dtype)
 
 
+@lru_cache(maxsize=1024)
+def _replicas(size: int, source: int, target: int, device: str) -> torch.Tensor:
+    """For every target cell the source cell that it lies in."""
+    return torch.arange(0, size, target, device=device) // source
+
+
 def refines(hw: tuple[int, int], coarse: Cell, fine: Cell) -> bool:
     """Whether every fine cell lies inside one coarse cell."""
     return all(c % f == 0 or c >= size for size, c, f in zip(hw, coarse, fine, strict=True))
@@ -71,8 +77,7 @@ def regrid(value: torch.Tensor, hw: tuple[int, int], source: Cell, target: Cell)
         if s == t:
             continue
         if s % t == 0 or s >= size:
-            index = torch.arange(0, size, t, device=value.device) // s
-            value = value.index_select(axis, index)
+            value = value.index_select(axis, _replicas(size, s, t, str(value.device)))
         else:
             rows = on(transfer(size, s, t), value)
             value = rows @ value if axis == 2 else value @ rows.T
