@@ -22,7 +22,7 @@ from edgetune.graph import Call, Graph, trace
 from edgetune.knapsack import Choice, best_choices
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
-from edgetune.profile import Cost, measure, profile
+from edgetune.profile import measure, measured_peak, predicted_peak, profile
 from edgetune.record import Record
 from edgetune.units import format_bytes, format_ms
 
@@ -108,7 +108,8 @@ class _Planner:
         allowed = memory_bytes * MARGIN
         for _ in range(4):
             made = self._fill(int(allowed), micro)
-            took = self._measured(made).peak_bytes
+            took = measured_peak(self._applied(made), self.sample, optimizer_copies=self.copies,
+                                 micro_batch=made.micro_batch)
             if took <= memory_bytes:
                 return made
             allowed *= 0.99 * memory_bytes / took
@@ -150,7 +151,7 @@ class _Planner:
     def hold_time(self, made: Plan, step_ms: float) -> Plan:
         """Freeze from the input on until a measured step is fast enough."""
         while True:
-            took = self._measured(made).step_ms or 0.0
+            took = measure(self._applied(made), self.sample, micro_batch=made.micro_batch, repeats=3).step_ms or 0.0
             if took <= step_ms:
                 return made
             learning = [call for call in self.convs if "weight" in made.learns.get(call.name, ())]
@@ -195,7 +196,7 @@ class _Planner:
 
     def _kept(self, made: Plan) -> dict[str, tuple[int, int]]:
         """Bytes that one sample keeps at each convolution: (its own, those of the calls up to the next one)."""
-        cost = profile(self.model, self.sample[:1], made, optimizer_copies=0)
+        cost = profile(self.model, self.sample[:1], made, optimizer_copies=0, graph=self.graph)
         by_name = {layer.name: layer.kept_bytes for layer in cost.layers}
         calls = {name: sum(call.name == name for call in self.graph.calls) for name in by_name}
         shares: dict[str, tuple[int, int]] = {}
@@ -210,15 +211,16 @@ class _Planner:
         return shares
 
     def _peak(self, made: Plan, micro: int) -> int:
-        return profile(self.model, self.sample, self._with_part(made, micro), optimizer_copies=self.copies).peak_bytes
+        return predicted_peak(self.model, self.sample, self._with_part(made, micro), self.graph,
+                              optimizer_copies=self.copies)
 
     def _with_part(self, made: Plan, micro: int) -> Plan:
         return made.model_copy(update={"micro_batch": None if micro >= len(self.sample) else micro})
 
-    def _measured(self, made: Plan) -> Cost:
+    def _applied(self, made: Plan) -> nn.Module:
         twin = copy.deepcopy(self.model)
         apply(twin, made, self.graph)
-        return measure(twin, self.sample, optimizer_copies=self.copies, micro_batch=made.micro_batch, repeats=3)
+        return twin
 
 
 def _write(graph: Graph, settings: dict[str, Method], learning: frozenset[str], passing: Method | None = None,
