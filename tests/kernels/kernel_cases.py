@@ -69,7 +69,7 @@ def _dense_map(chosen: random.Random) -> Tensor:
 
 
 def patch_mean(chosen: random.Random) -> tuple[Any, ...]:
-    return _map(chosen), *_cell(chosen)
+    return _map(chosen), *_cell(chosen), chosen.random() < 0.3
 
 
 def patch_spread(chosen: random.Random) -> tuple[Any, ...]:

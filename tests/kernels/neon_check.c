@@ -6,7 +6,7 @@
 
 typedef int64_t I;
 #define DECLARE(type, t) \
-    void et_patch_mean_##t(const type *, type *, I, I, I, I, I, I, int, int); \
+    void et_patch_mean_##t(const type *, type *, I, I, I, I, I, I, int, int, int); \
     void et_masked_patch_mean_##t(const type *, const uint8_t *, type *, I, I, I, I, I, I, int, int); \
     void et_mask_count_##t(const type *, void *, float, float, I, I, I, I, I, I, int, int); \
     void et_bits_count_##t(const uint8_t *, void *, I, I, I, I, I, I, int, int); \
@@ -50,7 +50,7 @@ static void check_##t(const type *x, const uint8_t *bits, I n, I c, I h, I w, I 
     type *out = room(); \
     uint8_t *bytes = room(); \
     size_t wide = a * b <= 255 ? 1 : 4; \
-    et_patch_mean_##t(x, out, n, c, h, w, a, b, last, 2); SETTLE_##t(out, cells); show("patch_mean", out, cells * sizeof *out); \
+    et_patch_mean_##t(x, out, n, c, h, w, a, b, last, last, 2); SETTLE_##t(out, cells); show("patch_mean", out, cells * sizeof *out); \
     et_patch_spread_##t(x, out, n, c, h, w, a, b, last, 2); SETTLE_##t(out, all); show("patch_spread", out, all * sizeof *out); \
     et_masked_patch_mean_##t(x, bits, out, n, c, h, w, a, b, last, 2); SETTLE_##t(out, cells); show("masked", out, cells * sizeof *out); \
     et_mask_count_##t(x, bytes, -1, 2, n, c, h, w, a, b, last, 2); show("mask_count", bytes, cells * wide); \

@@ -45,7 +45,7 @@ def _bits(bits: Tensor, like: Tensor) -> Tensor:
     return keep
 
 
-def slow_patch_mean(x: Tensor, cell_h: int, cell_w: int) -> Tensor:
+def slow_patch_mean(x: Tensor, cell_h: int, cell_w: int, by_channel: bool = False) -> Tensor:
     return _each_cell(x.double(), cell_h, cell_w, mean=True)
 
 

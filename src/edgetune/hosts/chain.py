@@ -29,7 +29,6 @@ from edgetune.hosts.grid import (
     spread,
 )
 from edgetune.hosts.pointwise import activate, norm_scale, normalise, per_channel, slope
-from edgetune.hosts.products import by_channel
 from edgetune.hosts.schedule import ConvSettings, GridProducts, Schedule
 from edgetune.recognise import MASKS
 
@@ -149,7 +148,7 @@ def _conv(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) 
         cell = rule.grid.input_cell(geometry, own.patch_px, own.taps)
         key = f"mean:{call.inputs[0]}:{cell[0]}x{cell[1]}"
         if key not in state.kept:
-            state.kept[key] = by_channel(kernels.patch_mean(x.to(y.dtype), *cell))
+            state.kept[key] = kernels.patch_mean(x.to(y.dtype), *cell, by_channel=True)
     return y
 
 

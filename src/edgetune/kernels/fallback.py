@@ -61,7 +61,9 @@ def _unpack_as(bits: Tensor, shape: torch.Size | tuple[int, ...], channels_last:
     return flat.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
-def patch_mean(x: Tensor, cell_h: int, cell_w: int) -> Tensor:
+def patch_mean(x: Tensor, cell_h: int, cell_w: int, by_channel: bool = False) -> Tensor:
+    if by_channel:
+        return patch_mean(x, cell_h, cell_w).transpose(0, 1).contiguous().transpose(0, 1)
     if x.numel() == 0:
         return x.new_empty(*x.shape[:2], ceil_div(x.shape[2], cell_h), ceil_div(x.shape[3], cell_w))
     wide = _wide(x)

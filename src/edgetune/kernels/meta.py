@@ -27,8 +27,13 @@ def _grid(x: Tensor, cell_h: int, cell_w: int, dtype: torch.dtype) -> Tensor:
     return torch.empty((n, c, ceil_div(h, cell_h), ceil_div(w, cell_w)), dtype=dtype, device=x.device)
 
 
-def patch_mean(x: Tensor, cell_h: int, cell_w: int) -> Tensor:
-    return _grid(x, cell_h, cell_w, x.dtype)
+def patch_mean(x: Tensor, cell_h: int, cell_w: int, by_channel: bool = False) -> Tensor:
+    if not by_channel:
+        return _grid(x, cell_h, cell_w, x.dtype)
+    check_cells(x, cell_h, cell_w)
+    n, c, h, w = x.shape
+    grid = ceil_div(h, cell_h), ceil_div(w, cell_w)
+    return torch.empty((c, n, *grid), dtype=x.dtype, device=x.device).transpose(0, 1)
 
 
 def patch_spread(v: Tensor, h: int, w: int, cell_h: int, cell_w: int, channels_last: bool = False) -> Tensor:

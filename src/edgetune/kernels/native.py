@@ -19,7 +19,7 @@ P, N, B, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 # Argument types of every C function, without its last one, the number of threads.
 ARGUMENTS: dict[str, tuple[type, ...]] = {
-    "patch_mean": (P, P, N, N, N, N, N, N, B),
+    "patch_mean": (P, P, N, N, N, N, N, N, B, B),
     "patch_spread": (P, P, N, N, N, N, N, N, B),
     "mask_pack": (P, P, F, F, N),
     "mask_apply": (P, P, P, N),
@@ -58,12 +58,12 @@ def _walked(x: Tensor) -> tuple[Tensor, bool]:
     return x.contiguous(), False
 
 
-def patch_mean(out: Tensor, x: Tensor, cell_h: int, cell_w: int) -> bool:
+def patch_mean(out: Tensor, x: Tensor, cell_h: int, cell_w: int, by_channel: bool = False) -> bool:
     run = _function("patch_mean", x.dtype)
     if run is None:
         return False
     x, last = _walked(x)
-    run(x.data_ptr(), out.data_ptr(), *x.shape, cell_h, cell_w, last, get_num_threads())
+    run(x.data_ptr(), out.data_ptr(), *x.shape, cell_h, cell_w, last, by_channel, get_num_threads())
     return True
 
 

@@ -31,9 +31,12 @@ _max_pool_backward = _ops.max_pool_backward.default
 NAMES: tuple[str, ...] = tuple(_schema.OPS)
 
 
-def patch_mean(x: Tensor, cell_h: int, cell_w: int) -> Tensor:
-    """Mean of every cell: x (n c h w) -> (n c P Q) contiguous, same type, summed in float32."""
-    return _patch_mean(x, cell_h, cell_w)
+def patch_mean(x: Tensor, cell_h: int, cell_w: int, by_channel: bool = False) -> Tensor:
+    """Mean of every cell: x (n c h w) -> (n c P Q) contiguous, same type, summed in float32.
+
+    With `by_channel` the result lies in memory channel by channel, (c n P Q).
+    """
+    return _patch_mean(x, cell_h, cell_w, by_channel)
 
 
 def patch_spread(v: Tensor, h: int, w: int, cell_h: int, cell_w: int, channels_last: bool = False) -> Tensor:

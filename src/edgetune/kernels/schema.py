@@ -33,7 +33,7 @@ _POOL = "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int 
 
 OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback, name), getattr(native, name))
                       for name, signature in {
-    "patch_mean": "(Tensor x, int cell_h, int cell_w) -> Tensor",
+    "patch_mean": "(Tensor x, int cell_h, int cell_w, bool by_channel=False) -> Tensor",
     "patch_spread": "(Tensor v, SymInt h, SymInt w, int cell_h, int cell_w, bool channels_last=False) "
                     "-> Tensor",
     "mask_pack": "(Tensor x, float low, float high) -> Tensor",

@@ -9,6 +9,7 @@ typedef struct {
     const uint8_t *bits;
     void *out;
     int64_t n, c, h, w, cell_h, cell_w, p, q;
+    int64_t to_sample, to_channel;  /* output offset from one sample to the next, from one channel to the next */
     float low, high;
 } cells;
 enum { TILE = 512, TILE_CELLS = 16, TILE_CHANNELS = 128 };
@@ -21,7 +22,8 @@ enum { LINE = 64 / (int)sizeof(element), FETCH_LINES = 64 };
 
 static inline int64_t elements(const cells *walk) { return walk->n * walk->c * walk->h * walk->w; }
 static inline cells grid(int64_t n, int64_t c, int64_t h, int64_t w, int64_t cell_h, int64_t cell_w) {
-    return (cells){.n = n, .c = c, .h = h, .w = w, .cell_h = cell_h, .cell_w = cell_w,
-                   .p = (h + cell_h - 1) / cell_h, .q = (w + cell_w - 1) / cell_w};
+    int64_t p = (h + cell_h - 1) / cell_h, q = (w + cell_w - 1) / cell_w;
+    return (cells){.n = n, .c = c, .h = h, .w = w, .cell_h = cell_h, .cell_w = cell_w, .p = p, .q = q,
+                   .to_sample = c * p * q, .to_channel = p * q};
 }
 #endif

@@ -1,4 +1,4 @@
-/* Mean of every cell: x (n c h w) -> out (n c p q), summed in float32. */
+/* Mean of every cell: x (n c h w) -> out (n c p q), or in memory (c n p q) with by_channel, summed in float32. */
 #define WALK patch_mean
 #define LOAD(at, k) load8((const element *)walk->x + (at), k)
 #define PUT(at, s, r) (((element *)walk->out)[at] = from_float((s) * (r)))
@@ -6,9 +6,13 @@
 #include "cells.h"
 
 void NAME(et_patch_mean)(const element *x, element *out, int64_t n, int64_t c, int64_t h, int64_t w,
-                         int64_t cell_h, int64_t cell_w, int channels_last, int threads) {
+                         int64_t cell_h, int64_t cell_w, int channels_last, int by_channel, int threads) {
     cells walk = grid(n, c, h, w, cell_h, cell_w);
     walk.x = x;
     walk.out = out;
+    if (by_channel) {
+        walk.to_sample = walk.p * walk.q;
+        walk.to_channel = n * walk.to_sample;
+    }
     run_patch_mean(&walk, channels_last, elements(&walk) * (int64_t)sizeof *x, threads);
 }

@@ -41,7 +41,6 @@ from edgetune.contract import LayerMethod
 from edgetune.graph import Call
 from edgetune.hosts.grid import PIXEL, Cell, cell_area, on
 from edgetune.hosts.products import (
-    by_channel,
     mix_input,
     mix_weight,
     scaled_by_channel,
@@ -216,5 +215,5 @@ class GradientFilter(LayerMethod):
 
     def _analyse(self, x: torch.Tensor, cell: Cell) -> torch.Tensor:
         if self.bases == 1:
-            return by_channel(kernels.patch_mean(x, *cell))
+            return kernels.patch_mean(x, *cell, by_channel=True)
         return analyse(x, cell, self.bases)
