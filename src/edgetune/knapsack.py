@@ -1,4 +1,4 @@
-"""The planner's exact search: a multiple-choice knapsack over the layers, for every depth at once."""
+"""The planner's exact search: a multiple-choice knapsack over the layers of a network, for every depth at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to treat one layer: what it weighs (bytes) and what it is expected to gain. `learns` is False for a
-    layer that only lets the gradient pass."""
+    """One way to treat one layer: its weight (bytes), what learning it gains, and which share of the gains of the
+    layers before it survives the gradient's way through it. `learns` is False where it only lets the gradient pass."""
 
     weight_bytes: int
     gain: float
+    passes: float = 1.0
     learns: bool = True
 
 
@@ -21,35 +22,50 @@ def best_choices(layers: list[list[Choice]], capacity_bytes: int,
                  buckets: int = 2048) -> tuple[float, list[int | None]]:
     """The best choice of each layer under the capacity, and the total gain.
 
-    `layers` run from input to output. The first learning layer ends the gradient's way: layers before it are frozen
-    (None) and weigh nothing; every layer after it must take one of its choices. Weights are rounded up to a bucket,
-    so the capacity is never exceeded. Exact up to that rounding: dynamic programming from the last layer back, one
-    sweep serving every depth.
+    `layers` run from input to output. Layers before the first that learns are frozen (None) and weigh nothing; every
+    layer behind it takes one of its choices. A layer's gain counts times the `passes` of all choices behind it, so
+
+        best[l](b) = max over choices of  gain + passes * best[l - 1](b - weight)
+
+    is solved exactly by dynamic programming from the input on; every depth is in it. Weights are rounded up to a
+    bucket, so the capacity is never exceeded.
     """
     unit = max(capacity_bytes / buckets, 1.0)
-    room = int(capacity_bytes // unit) if capacity_bytes > 0 else -1
-    best_gain, best_depth = 0.0, len(layers)
-    if room < 0:
-        return best_gain, [None] * len(layers)
-    gains = np.zeros(room + 1)  # gains[b]: best of the layers behind, using at most b units
-    picks: list[np.ndarray] = [np.zeros(0)] * len(layers)
-    best_first = -1
-    for depth in range(len(layers) - 1, -1, -1):
-        table = np.full((len(layers[depth]), room + 1), -np.inf)
-        for index, choice in enumerate(layers[depth]):
-            units = int(np.ceil(choice.weight_bytes / unit))
-            if units <= room:
-                table[index, units:] = gains[:room + 1 - units] + choice.gain
-            if choice.learns and table[index, room] > best_gain:
-                best_gain, best_depth, best_first = float(table[index, room]), depth, index
-        picks[depth] = table.argmax(0)
-        gains = table.max(0)
-        if not np.isfinite(gains[room]):
-            break
+    room = int(capacity_bytes // unit) if capacity_bytes > 0 else 0
+    best = np.zeros(room + 1)  # best[b]: of the layers so far, using at most b units; nothing learns to begin with
+    deep = np.zeros(room + 1, dtype=bool)  # whether something learns in it
+    steps: list[tuple[np.ndarray, np.ndarray]] = []
+    for choices in layers:
+        # rows: stay frozen as all before; then each choice as the first that learns, and behind one that does
+        table = np.full((1 + 2 * len(choices), room + 1), -np.inf)
+        for index, choice in enumerate(choices):
+            units = _units(choice, unit)
+            if units > room:
+                continue
+            if choice.learns:
+                table[1 + 2 * index, units:] = choice.gain
+            behind = np.where(deep, choice.gain + choice.passes * best, -np.inf)
+            table[2 + 2 * index, units:] = behind[:room + 1 - units]
+        table[0] = 0.0  # giving up all that learned before is allowed too
+        pick = table.argmax(0)
+        steps.append((pick, deep))
+        best, deep = table.max(0), pick > 0
+    return float(best[room]), _walk_back(layers, steps, room, unit)
+
+
+def _walk_back(layers: list[list[Choice]], steps: list[tuple[np.ndarray, np.ndarray]], room: int,
+               unit: float) -> list[int | None]:
     chosen: list[int | None] = [None] * len(layers)
-    left = room
-    for depth in range(best_depth, len(layers)):
-        pick = best_first if depth == best_depth else int(picks[depth][left])
-        chosen[depth] = pick
-        left -= int(np.ceil(layers[depth][pick].weight_bytes / unit))
-    return best_gain, chosen
+    for depth in range(len(layers) - 1, -1, -1):
+        pick = int(steps[depth][0][room])
+        if pick == 0:
+            break
+        chosen[depth] = (pick - 1) // 2
+        if pick % 2:
+            break  # the first that learns
+        room -= _units(layers[depth][chosen[depth] or 0], unit)
+    return chosen
+
+
+def _units(choice: Choice, unit: float) -> int:
+    return int(np.ceil(choice.weight_bytes / unit))

@@ -98,6 +98,8 @@ class _Planner:
         self.worth: Calibration = calibrate(model, self.graph, batch, whole, methods)
         one = [made.model_copy(update={"micro_batch": 1}) for made in whole]
         self.kept = {method: self._kept(made) for method, made in zip(methods, one, strict=True)}
+        self.faith = {method: _faith([self.worth.fidelity[method].get(c.name, 0.0) for c in self.convs])
+                      for method in methods}
         self.head = _write(self.graph, {}, frozenset())
 
     def solve(self, capacity_bytes: int | None, micro: int) -> Plan:
@@ -160,9 +162,9 @@ class _Planner:
                                   f"{format_ms(step_ms)}: use a smaller batch or input, or allow that time")
             # time grows about evenly with depth: drop that share of the layers, at least one
             keep = min(int(len(learning) * step_ms / took), len(learning) - 1)
-            chosen = {call.node: made.layers[call.name][0] for call in learning[len(learning) - keep:]}
-            made = self._with_part(_write(self.graph, chosen, frozenset(chosen), self._pass_through()),
-                                   made.micro_batch or len(self.sample))
+            chosen = frozenset(call.node for call in learning[len(learning) - keep:])
+            settings = {call.node: made.layers[call.name][0] for call in self.convs if call.name in made.layers}
+            made = self._with_part(_write(self.graph, settings, chosen), made.micro_batch or len(self.sample))
 
     def _solve(self, capacity_bytes: int | None, micro: int) -> _Solved:
         layers = [self._choices(index, micro) for index in range(len(self.convs))]
@@ -171,28 +173,25 @@ class _Planner:
         gain, picked = best_choices(layers, capacity)
         settings, learning = {}, set()
         for call, pick in zip(self.convs, picked, strict=True):
-            if pick is not None and pick < len(self.methods):
-                settings[call.node] = self.methods[pick]
-                learning.add(call.node)
-        made = _write(self.graph, settings, frozenset(learning), self._pass_through())
+            if pick is not None:
+                settings[call.node] = self.methods[pick % len(self.methods)]
+                learning |= {call.node} if pick < len(self.methods) else set()
+        made = _write(self.graph, settings, frozenset(learning))
         return _Solved(gain, self._with_part(made, micro))
 
     def _choices(self, index: int, micro: int) -> list[Choice]:
-        """One choice a method, in order, and last the choice of only letting the gradient pass."""
+        """For each method, in order: learning by it; then, for each, only letting the gradient pass by it."""
         call = self.convs[index]
-        learned = self.copies * 4 + 4
-        params = learned * sum(_count(call.param_shapes[role]) for role in ("weight", "bias") if role in call.params)
-        choices = []
+        params = 4 * (1 + self.copies) * sum(_count(call.param_shapes[role]) for role in ("weight", "bias")
+                                             if role in call.params)
+        learning, passing = [], []
         for method in self.methods:
             own, after = self.kept[method][call.node]
-            faith = max(self.worth.fidelity[method].get(call.name, 0.0), 0.0)
-            choices.append(Choice((own + after) * micro + params, self.worth.importance.get(call.name, 0.0) * faith))
-        after = self.kept[self._pass_through()][call.node][1]
-        return [*choices, Choice(after * micro, 0.0, learns=False)]
-
-    def _pass_through(self) -> Method:
-        """The method whose passing layers keep the least: what a frozen layer on the gradient's way uses."""
-        return min(self.methods, key=lambda method: sum(after for _, after in self.kept[method].values()))
+            faith, passes = self.faith[method][index]
+            worth = self.worth.importance.get(call.name, 0.0) * faith
+            learning.append(Choice((own + after) * micro + params, worth, passes))
+            passing.append(Choice(after * micro, 0.0, passes, learns=False))
+        return [*learning, *passing]
 
     def _kept(self, made: Plan) -> dict[str, tuple[int, int]]:
         """Bytes that one sample keeps at each convolution: (its own, those of the calls up to the next one)."""
@@ -223,10 +222,25 @@ class _Planner:
         return twin
 
 
-def _write(graph: Graph, settings: dict[str, Method], learning: frozenset[str], passing: Method | None = None,
-           scales: bool = False) -> Plan:
-    """The plan in which the convolutions `learning` learn by `settings` (both by node), and all behind them that is
-    cheap learns too; other convolutions behind the first let the gradient pass by `passing`."""
+def _faith(cosines: list[float]) -> list[tuple[float, float]]:
+    """For each layer, input to output: how faithful its own weight gradient is, and which share of faith it passes on.
+
+    `cosines` are those of a whole network on one method, so each is a layer's own times the shares of all behind it.
+    """
+    faith: list[tuple[float, float]] = []
+    through = 1.0
+    for index in range(len(cosines) - 1, -1, -1):
+        here = min(max(cosines[index], 0.0), through)
+        before = max(cosines[index - 1], 0.0) if index else 0.0
+        passes = min(before / here, 1.0) if here > 0 else 0.0
+        faith.append((here / through if through > 0 else 0.0, passes))
+        through *= passes
+    return faith[::-1]
+
+
+def _write(graph: Graph, settings: dict[str, Method], learning: frozenset[str], scales: bool = False) -> Plan:
+    """The plan in which the convolutions `learning` learn, and all behind them that is cheap learns too; every
+    convolution behind the first passes its gradient on by its `settings` (both by node)."""
     first = next((i for i, call in enumerate(graph.calls) if call.node in learning), len(graph.calls))
     layers: dict[str, tuple[Method, ...]] = {}
     learns: dict[str, tuple[str, ...]] = {}
@@ -234,7 +248,7 @@ def _write(graph: Graph, settings: dict[str, Method], learning: frozenset[str], 
         if call.kind == "norm" and (roles := _roles(call, ("weight", "bias") if scales else ("bias",))):
             learns[call.name] = roles
         if call.kind == "conv":
-            method = settings.get(call.node, passing)
+            method = settings.get(call.node)
             if method is not None and method.refuse(call) is None:
                 layers[call.name] = (method,)
             if call.node in learning:
