@@ -177,3 +177,19 @@ class TestInform:
         )
         assert {"machine", "versions", "rows"} <= set(told)
         assert len((tmp_path / "s.jsonl").read_text().splitlines()) == len(told["rows"]) > 0
+
+
+def test_very_small_networks_get_the_memory_they_need(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of what plain back-propagation takes is too little where the head alone needs more."""
+    (tmp_path / "own_net.py").write_text(
+        "from torch import nn\n\n\ndef net(num_classes=4):\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = run_verb(
+        "train", "--model", "own_net:net", "--data", photos, "--size", 16, "--epochs", 1, "--out", tmp_path / "r"
+    )
+    assert done.exit_code == 0, done.output
+    assert "from random weights" in done.stderr

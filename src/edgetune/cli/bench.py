@@ -168,14 +168,21 @@ def _without_none(kind: Any, name: str) -> Any:
 
 
 def _tell(row: Mapping[str, Any]) -> None:
-    say(", ".join(f"{name} {_cell(name, row[name])}" for name in SHOWN if row.get(name) is not None))
+    told = ("case", "method", "patch_px", "taps", "speedup", "backward_speedup", "grid_speedup")
+    say(", ".join(f"{_title(name)} {_cell(name, row[name])}" for name in told if row.get(name) is not None))
 
 
 def _show(suite: str, found: Mapping[str, Any]) -> None:
     rows = found["rows"]
     columns = [name for name in SHOWN if any(row.get(name) is not None for row in rows)]
     title = f"{suite}: {found['machine']}; torch {found['versions']['torch']}"
-    console().print(table(title, columns, [[_cell(name, row.get(name)) for name in columns] for row in rows]))
+    cells = [[_cell(name, row.get(name)) for name in columns] for row in rows]
+    console().print(table(title, [_title(name) for name in columns], cells))
+
+
+def _title(name: str) -> str:
+    """A row's field as a heading that can go over two lines."""
+    return name.removesuffix("_ms").removesuffix("_bytes").replace("_", " ")
 
 
 def _cell(name: str, value: Any) -> str:
@@ -187,4 +194,4 @@ def _cell(name: str, value: Any) -> str:
         return format_ms(value)
     if name.endswith("speedup"):
         return f"{value:.1f}x"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("_", " ")

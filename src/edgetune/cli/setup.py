@@ -157,21 +157,33 @@ def make_plan(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) ->
     if wish.by_hand:
         method = method_named(wish.method or "pooled_chain", patch_px=wish.patch_px, taps=wish.taps)
         return last_layers(graph_of(model, x), wish.last, method), Budget()
-    budget = Budget(memory_bytes=_memory(model, x, wish), step_ms=wish.step_ms)
-    return plan(model, x, budget, batch=(x, y)), budget
+    if wish.memory is not None or wish.step_ms is not None:
+        budget = Budget(memory_bytes=None if wish.memory is None else parse_bytes(wish.memory), step_ms=wish.step_ms)
+        return plan(model, x, budget, batch=(x, y)), budget
+    return _plan_by_default(model, x, y)
 
 
-def _memory(model: nn.Module, x: torch.Tensor, wish: Wish) -> int | None:
+DEFAULT_SHARES = (0.25, 0.5, 1.0)
+"""What training may take when nothing is said, as shares of plain back-propagation: the first that is enough."""
+
+
+def _plan_by_default(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[Plan, Budget]:
     import copy
 
     from edgetune.costs import unrestrained
+    from edgetune.errors import BudgetError
+    from edgetune.plan import Budget, plan
     from edgetune.profile import profile
 
-    if wish.memory is not None:
-        return parse_bytes(wish.memory)
-    if wish.step_ms is not None:
-        return None
-    return profile(unrestrained(copy.deepcopy(model)), x).peak_bytes // 4
+    plain = profile(unrestrained(copy.deepcopy(model)), x).peak_bytes
+    for share in DEFAULT_SHARES[:-1]:
+        budget = Budget(memory_bytes=int(share * plain))
+        try:
+            return plan(model, x, budget, batch=(x, y)), budget
+        except BudgetError:  # a very small network: its head alone needs a good part
+            continue
+    budget = Budget(memory_bytes=int(DEFAULT_SHARES[-1] * plain))
+    return plan(model, x, budget, batch=(x, y)), budget
 
 
 def graph_of(model: nn.Module, x: torch.Tensor) -> Graph:
