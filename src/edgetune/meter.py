@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from edgetune.contract import Segment
 from edgetune.graph import Graph, follow
 from edgetune.hosts.cursor import current_call, working_on
+from edgetune.hosts.products import onednn_linear
 from edgetune.kernels import status
 from edgetune.kernels.native import SUFFIX
 from edgetune.kernels.schema import OPS
@@ -219,11 +220,16 @@ def _convolution_backward(args: tuple[Any, ...], out: Any) -> int:
     return int(moved.numel() * weight[0].numel()) * (int(mask[0]) + int(mask[1]))
 
 
+def _linear(args: tuple[Any, ...], out: Any) -> int:
+    return int(out.numel() * args[1].shape[-1])
+
+
 PRODUCTS: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
     aten.convolution.default: _convolution, aten.convolution_backward.default: _convolution_backward,
     aten.mm.default: _matrix(0), aten.bmm.default: _matrix(0), aten.mv.default: _matrix(0),
     aten.dot.default: _matrix(0), aten.addmm.default: _matrix(1), aten.baddbmm.default: _matrix(1),
-    aten.addmv.default: _matrix(1)}
+    aten.addmv.default: _matrix(1),
+    **({onednn_linear().default: _linear} if onednn_linear() is not None else {})}
 """Multiply-accumulates of the operators that multiply and add up; elementwise work counts on neither side."""
 
 

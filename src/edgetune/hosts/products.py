@@ -6,6 +6,8 @@ large product instead of n small ones, and nothing to copy. What is made here, a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from edgetune import kernels
@@ -42,12 +44,31 @@ def spread_taps(gw: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return kernels.tap_spread(gw, ku, kv)
 
 
+def onednn_linear() -> Any:
+    """oneDNN's matrix product, (m k) and (n k) -> (m n), where this build of torch has it: mm uses BLAS alone."""
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+_linear = onednn_linear()
+WIDE = 512
+"""Columns from which oneDNN's product is the faster one, by a fifth to a third."""
+
+
+def _across(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """weight (o i) transposed, times columns (o l) -> (i l)."""
+    if (_linear is None or columns.shape[1] < WIDE or columns.dtype != torch.float32 or columns.device.type != "cpu"
+            or torch.is_grad_enabled()):
+        return weight.T @ columns
+    product: torch.Tensor = _linear(weight.T.contiguous(), columns.T, None, "none", [], "")
+    return product
+
+
 def mix_input(t: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
     """(n o l) with weight (o i), in groups -> (n c l): the transposed channel product."""
     n, o, length = t.shape
     i = weight.shape[1]
     if groups == 1:
-        return (weight.T @ t.transpose(0, 1).flatten(1)).view(i, n, length).transpose(0, 1)
+        return _across(weight, t.transpose(0, 1).flatten(1)).view(i, n, length).transpose(0, 1)
     if i == 1:
         return (t.view(n, groups, o // groups, length) * weight.view(1, groups, -1, 1)).sum(2)
     w = weight.view(groups, o // groups, i).transpose(1, 2)
