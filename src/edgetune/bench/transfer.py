@@ -72,19 +72,23 @@ def published(patch_px: int) -> Arm:
     return Arm("published operator", everywhere(PublishedFilter(patch_px=patch_px)), patch_px, "mean", scales=False)
 
 
-def exact_tail(patch_px: int, first_exact: int) -> Arm:
+def exact_tail(patch_px: int, first_exact: int, scales: bool = False) -> Arm:
     """The pooled chain in front, exact gradients from block `first_exact` of `features` on.
 
-    The last blocks have small maps, so that exactness costs few bytes there, and what they hand on is exact.
+    The last blocks have small maps, so that exactness costs few bytes there, and what they hand on is exact. With
+    `scales` the norms of the exact blocks learn their scales too.
     """
 
     def plan(graph: Graph) -> Plan:
         filtered = everywhere(PooledChain(patch_px=patch_px))(graph)
         tail = tuple(f"features.{block}." for block in range(first_exact, 19))
         layers = {name: ((Exact(),) if name.startswith(tail) else stack) for name, stack in filtered.layers.items()}
-        return filtered.model_copy(update={"layers": layers})
+        norms = {call.name for call in graph.layers("norm") if scales and call.name.startswith(tail)}
+        learns = {name: (("weight", "bias") if name in norms else roles) for name, roles in filtered.learns.items()}
+        return filtered.model_copy(update={"layers": layers, "learns": learns})
 
-    return Arm(f"chain, exact from block {first_exact}", plan, patch_px, "mean", scales=False)
+    name = f"chain, exact from block {first_exact}" + (", with scales" if scales else "")
+    return Arm(name, plan, patch_px, "mean", scales=False)
 
 
 PLAIN = Arm("plain")
@@ -108,6 +112,7 @@ GRID: tuple[tuple[Case, Arm], ...] = (
     (HEAD, PLAIN),
     (ALL, chain(4)),
     (ALL, exact_tail(2, 7)),
+    (ALL, exact_tail(2, 7, scales=True)),
     *((CIFAR, arm) for arm in (BEFORE, PLAIN, chain(2))),
     *((LAST4, arm) for arm in _LAST[:4]),
     *((ALL, arm) for arm in (published(2), chain(2, "grid"), SHIFTS)),
