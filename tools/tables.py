@@ -163,7 +163,9 @@ def read_rows(folder: Path = RESULTS) -> list[Row]:
 
 def caption(row: Row) -> str:
     """Where a row was measured, and of which version; a `+` after the commit: with changes of that day."""
-    threads = f"{row['threads']} threads; " if row.get("threads") else ""
+    threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}; " if row.get("threads") else ""
+    if row.get("clock") == "cpu":
+        threads += "time spent on a core; "
     commit = row["git"][:7] + "+" * row["git"].endswith("+")
     return f"{row['machine']}; {threads}torch {row['versions']['torch']}; commit {commit}"
 

@@ -38,6 +38,7 @@ class LayersOptions(Record):
     taps: tuple[Literal["mean", "grid"], ...] = ("mean", "grid")
     batch: int = Field(4, ge=1)
     threads: int = Field(2, ge=1)
+    clock: timing.Clock = "wall"
     rounds: int = Field(11, ge=1)
     turn_ms: float = Field(5.0, ge=0)
     device: str = "cpu"
@@ -113,7 +114,8 @@ def _shape(layer: _Layer, options: LayersOptions) -> list[timing.Row]:
     functions = _baselines(layer)
     for own in settings:
         functions |= {f"{part} {own.taps} {own.patch_px}": call for part, call in _method(layer, own).items()}
-    timed = timing.interleave(functions, rounds=options.rounds, turn_ms=options.turn_ms, device=options.device)
+    timed = timing.interleave(functions, rounds=options.rounds, turn_ms=options.turn_ms, device=options.device,
+                              clock=options.clock)
     return [_row(layer, own, exact, timed, options) for own in settings]
 
 
@@ -151,7 +153,7 @@ def _row(layer: _Layer, own: GradientFilter, exact: tuple[torch.Tensor, torch.Te
             "speedup": (forward + baseline) / (forward + keep + method), "backward_speedup": baseline / method,
             "grid_speedup": baseline / grid, "keep_overhead": keep / forward,
             "kept_bytes": kept.nbytes, "kept_bytes_baseline": layer.x.nbytes, "load": timing.load_average(),
-            "others": timed.others,
+            "others": timed.others, "clock": options.clock,
             **_faithfulness(layer, own, exact), "error": _error(layer, own)}
 
 

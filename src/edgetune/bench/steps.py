@@ -46,6 +46,7 @@ class StepsOptions(Record):
     taps: Taps = "mean"
     batch: int = Field(8, ge=1)
     threads: int = Field(2, ge=1)
+    clock: timing.Clock = "wall"
     rounds: int = Field(7, ge=1)
     device: str = "cpu"
     seed: int = 0
@@ -150,7 +151,8 @@ def _depth(name: str, case: _Case) -> Iterator[timing.Row]:
         for r in options.patch_px:
             trainees[f"{r} {layout}"] = chain = case.filtered(layout, r)
             functions[f"{r} {layout}"] = chain.step
-    ms, others = timing.interleave(functions, rounds=options.rounds, device=options.device)
+    ms, others = timing.interleave(functions, rounds=options.rounds, device=options.device,
+                                    clock=options.clock)
     baseline, forward = _fastest(ms, "plain"), _fastest(ms, "forward")
     cost = trainees[f"plain {baseline}"].cost()
     for r in options.patch_px:
@@ -161,7 +163,7 @@ def _depth(name: str, case: _Case) -> Iterator[timing.Row]:
                "device": options.device, "seed": options.seed, "layout": layout, "baseline_layout": baseline,
                "baseline_ms": ms[f"plain {baseline}"], "method_ms": ms[f"{r} {layout}"],
                "forward_ms": ms[f"forward {forward}"], "load": timing.load_average(),
-               "others": others, "quick": options.quick,
+               "others": others, "clock": options.clock, "quick": options.quick,
                "speedup": ms[f"plain {baseline}"] / ms[f"{r} {layout}"],
                "over_forward": ms[f"{r} {layout}"] / ms[f"forward {forward}"] - 1,
                **_memory(trainees[f"{r} {layout}"].cost(), cost)}

@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from edgetune.kernels import build
 from edgetune.record import atomic_write
+
+Clock = Literal["wall", "cpu"]
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 QUIET = 0.05
 """A round in which others had less of the machine counts as undisturbed."""
@@ -42,14 +45,17 @@ class Timed(NamedTuple):
 
 
 def interleave(functions: Mapping[str, Callable[[], object]], *, rounds: int = 15, turn_ms: float = 0.0,
-               device: str = "cpu") -> Timed:
+               device: str = "cpu", clock: Clock = "wall") -> Timed:
     """Time functions in turns, all of them in every round; the medians of the quietest `rounds` rounds.
 
     With `turn_ms` a turn is one call that is not timed, which brings back the caches that the others have emptied,
-    and then timed calls for about that long; without, it is one timed call. The order of the turns is reversed from round to round.
-    While other processes disturb more than QUIET of the machine, up to PATIENCE times as many rounds are made.
+    and then timed calls for about that long; without, it is one timed call. The order of the turns is reversed from
+    round to round. While other processes disturb more than QUIET of the machine, up to PATIENCE times as many rounds
+    are made. The clock "cpu" counts the time that a core spent on this process, which with one thread is what an idle
+    machine would take: the way to measure where others run too.
     """
-    repeats = {name: _repeats(function, turn_ms, device) for name, function in functions.items()}
+    now = CLOCKS[clock]
+    repeats = {name: _repeats(function, turn_ms, device, now) for name, function in functions.items()}
     order, found = list(functions), list[tuple[float, dict[str, float]]]()
     for _ in range(PATIENCE * rounds):
         watch = _Watch()
@@ -57,10 +63,10 @@ def interleave(functions: Mapping[str, Callable[[], object]], *, rounds: int = 1
         for name in order:
             if turn_ms:
                 functions[name]()
-            times[name] = _time(functions[name], repeats[name], device)
+            times[name] = _time(functions[name], repeats[name], device, now)
         found.append((watch.others(), times))
         order.reverse()
-        if sum(others <= QUIET for others, _ in found) >= rounds:
+        if sum(others <= QUIET or clock == "cpu" for others, _ in found) >= rounds:
             break
     quietest = sorted(found, key=lambda each: each[0])[:rounds]
     return Timed({name: statistics.median(times[name] for _, times in quietest) for name in functions},
@@ -104,19 +110,19 @@ def keep_freed_memory() -> str:
     return "glibc, freed memory kept" if mallopt(mmap_threshold, huge) and mallopt(trim_threshold, huge) else "glibc"
 
 
-def _time(function: Callable[[], object], repeats: int, device: str) -> float:
+def _time(function: Callable[[], object], repeats: int, device: str, now: Callable[[], float]) -> float:
     _wait(device)
-    start = time.perf_counter()
+    start = now()
     for _ in range(repeats):
         function()
     _wait(device)
-    return (time.perf_counter() - start) * 1e3 / repeats
+    return (now() - start) * 1e3 / repeats
 
 
-def _repeats(function: Callable[[], object], turn_ms: float, device: str) -> int:
+def _repeats(function: Callable[[], object], turn_ms: float, device: str, now: Callable[[], float]) -> int:
     """How many calls fill a turn; also the warm-up."""
     function()
-    once = min(_time(function, 1, device) for _ in range(3 if turn_ms else 1))
+    once = min(_time(function, 1, device, now) for _ in range(3 if turn_ms else 1))
     return max(1, min(round(turn_ms / max(once, 1e-3)), 1000))
 
 
