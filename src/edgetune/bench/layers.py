@@ -19,6 +19,7 @@ from pydantic import Field
 
 from edgetune import kernels
 from edgetune.bench import timing
+from edgetune.kernels import heap
 from edgetune.methods.backward.gradient_filter import GradientFilter, Taps, grid_backward, input_cell
 from edgetune.overlap import ConvGeometry
 from edgetune.record import Record
@@ -52,7 +53,7 @@ def run(options: LayersOptions | None = None, progress: Callable[[timing.Row], N
     if options.quick:
         small = tuple(shape for shape in options.shapes if shape[0] * shape[1] * shape[2] < 128 * 1024)
         options = options.model_copy(update={"rounds": 1, "turn_ms": 0.0, "shapes": small})
-    allocator = timing.keep_freed_memory()
+    allocator = heap.keep_freed_memory()
     rows: list[timing.Row] = []
     with timing.threads(options.threads), torch.no_grad():
         for shape in options.shapes:

@@ -22,6 +22,7 @@ from edgetune.apply import apply
 from edgetune.bench import timing
 from edgetune.contract import Plan
 from edgetune.graph import Graph, trace
+from edgetune.kernels import heap
 from edgetune.methods.backward.gradient_filter import Taps
 from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.models import load_model
@@ -58,7 +59,7 @@ def run(options: StepsOptions | None = None, progress: Callable[[timing.Row], No
     options = options or StepsOptions()
     if options.quick:
         options = options.model_copy(update={"rounds": 1, "sizes_px": options.sizes_px[:1]})
-    allocator = timing.keep_freed_memory()
+    allocator = heap.keep_freed_memory()
     rows: list[timing.Row] = []
     with timing.threads(options.threads):
         for row in _rows(options):
