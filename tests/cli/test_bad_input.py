@@ -227,7 +227,11 @@ class TestTraining:
             "--out",
             str(out),
         ]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        # a shell that starts the tests in the background makes them ignore Ctrl-C, and children inherit that
+        listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **listening
+        ) as process:
             assert process.stderr is not None and process.stdout is not None
             for line in process.stderr:
                 if "epoch 2/40" in line:
