@@ -77,8 +77,9 @@ class Table:
     medians: tuple[str, ...] = ()
 
     def takes(self, row: Row) -> bool:
-        """Whether a row belongs here; trial runs on a few pictures belong nowhere."""
-        return row["suite"] == self.suite and not row.get("quick") and self.where(row)
+        """Whether a row belongs here; trial runs on a few pictures, or fewer than three runs, belong nowhere."""
+        enough = row.get("seeds") is None or row["seeds"] >= 3
+        return row["suite"] == self.suite and not row.get("quick") and enough and self.where(row)
 
     def lines(self, rows: Iterable[Row]) -> list[str]:
         """The markdown of the rows of one machine."""
