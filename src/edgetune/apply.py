@@ -80,7 +80,7 @@ def claim(graph: Graph, plan: Plan) -> list[Segment]:
                 segments.append(segment)
                 taken |= {call.node for call in segment.calls}
     for call in _on_gradient_path(graph, plan):
-        if call.node in taken or _written_under_a_reader(call, graph):
+        if call.node in taken or graph.overwrites_for_others(call):
             continue
         if call.kind == "conv":
             method = plan.settings(call.name, LayerMethod) or Exact()
@@ -101,11 +101,6 @@ def _on_gradient_path(graph: Graph, plan: Plan) -> list[Call]:
             reached.add(call.node)
             path.append(call)
     return path
-
-
-def _written_under_a_reader(call: Call, graph: Graph) -> bool:
-    """An in-place call whose input others read afterwards means something else out of place: leave it stock."""
-    return call.in_place and call.followed and len(graph[call.inputs[0]].consumers) > 1
 
 
 def _zeros(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:

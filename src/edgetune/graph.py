@@ -77,6 +77,10 @@ class Graph(Record):
             return tuple(call for call in self.calls if call.kind in kinds)
         return tuple(call for call in self.calls if call.params)
 
+    def overwrites_for_others(self, call: Call) -> bool:
+        """Whether others read the input that an in-place call changes: out of place it would mean something else."""
+        return call.in_place and call.followed and len(self[call.inputs[0]].consumers) > 1
+
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one forward pass over the sample."""

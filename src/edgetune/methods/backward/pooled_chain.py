@@ -74,7 +74,7 @@ class PooledChain(GradientFilter):
 
 def _passes(call: Call, graph: Graph, plan: Plan) -> bool:
     """Whether a call without weights of its own lets a grid gradient through."""
-    if not call.followed or (call.in_place and len(graph[call.inputs[0]].consumers) > 1):
+    if not call.followed or graph.overwrites_for_others(call):
         return False
     if call.kind == "norm":
         return f"{call.params.get('weight', '')}" not in plan.learned()
