@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from edgetune.contract import Segment
 from edgetune.graph import Graph, follow
 from edgetune.hosts.cursor import current_call, working_on
-from edgetune.hosts.products import onednn_linear
 from edgetune.kernels import status
 from edgetune.kernels.native import SUFFIX
 from edgetune.kernels.schema import OPS
@@ -220,8 +219,9 @@ def _convolution_backward(args: tuple[Any, ...], out: Any) -> int:
     return int(moved.numel() * weight[0].numel()) * (int(mask[0]) + int(mask[1]))
 
 
-def _linear(args: tuple[Any, ...], out: Any) -> int:
-    return int(out.numel() * args[1].shape[-1])
+def _grid_products(args: tuple[Any, ...], out: Any) -> int:
+    g, _, _, x, weight, _, wants_input, _ = args
+    return int(g.numel() * weight.shape[1]) * (int(wants_input) + int(x is not None))
 
 
 PRODUCTS: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
@@ -229,7 +229,7 @@ PRODUCTS: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
     aten.mm.default: _matrix(0), aten.bmm.default: _matrix(0), aten.mv.default: _matrix(0),
     aten.dot.default: _matrix(0), aten.addmm.default: _matrix(1), aten.baddbmm.default: _matrix(1),
     aten.addmv.default: _matrix(1),
-    **({onednn_linear().default: _linear} if onednn_linear() is not None else {})}
+    torch.ops.edgetune.grid_products.default: _grid_products}
 """Multiply-accumulates of the operators that multiply and add up; elementwise work counts on neither side."""
 
 

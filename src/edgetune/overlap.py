@@ -12,6 +12,7 @@ product of the two axes. With cells of one pixel it is the convolution's own inc
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -121,3 +122,39 @@ def mean_factors(geometry: ConvGeometry, axis: int, cell_out: int, cell_in: int)
     taps = geometry.kernel[axis]
     m = table.sum((0, 1)) / (taps * cell_sizes(geometry.in_hw[axis], cell_in))
     return m, table.sum((0, 2)) / taps
+
+
+class SmallConvolution(NamedTuple):
+    """A layer seen on its grid as a convolution of stride 1: `mix` says how much of tap u (rows; v: columns) goes into
+    each of its taps, (u d) and (v e), float64; `padding` is in cells."""
+
+    mix: tuple[torch.Tensor, torch.Tensor]
+    padding: tuple[int, int]
+
+
+@lru_cache(maxsize=1024)
+def small_convolution(geometry: ConvGeometry, cell_out: int, cell_in: tuple[int, int]) -> SmallConvolution | None:
+    """The layer on its grid as one small convolution, or None where the overlap changes from cell to cell: at short
+    last cells, and where the taps reach further on one side than on the other."""
+    axes = [_shift_invariant(overlap(geometry, axis, cell_out, cell_in[axis])) for axis in (0, 1)]
+    if axes[0] is None or axes[1] is None:
+        return None
+    (rows, top), (columns, left) = axes[0], axes[1]
+    return SmallConvolution((rows, columns), (top, left))
+
+
+def _shift_invariant(table: torch.Tensor) -> tuple[torch.Tensor, int] | None:
+    """O (u a b) as T (u d) with O[u, a, b] = T[u, b - a + padding], zero outside; None where there is no such T."""
+    count_out, count_in = table.shape[1:]
+    if count_out != count_in or count_in == 0:
+        return None
+    a, b = torch.nonzero(table.sum(0), as_tuple=True)
+    reach = int((b - a).abs().max()) if a.numel() else 0
+    mix = torch.zeros(table.shape[0], 2 * reach + 1, dtype=table.dtype)
+    for d in range(-reach, reach + 1):
+        band = torch.diagonal(table, d, 1, 2)
+        if band.numel() and not bool((band == band[:, :1]).all()):
+            return None
+        if band.numel():
+            mix[:, d + reach] = band[:, 0]
+    return mix, reach

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,15 +104,27 @@ def patch_mean_count(chosen: random.Random) -> tuple[Any, ...]:
     return _map(chosen), *_bounds(chosen), *cell, *(cell if chosen.random() < 0.6 else _cell(chosen))
 
 
-def tap_sum(chosen: random.Random) -> tuple[Any, ...]:
-    o, i, size = chosen.randint(0, 40), chosen.randint(1, 40), chosen.choice([1, 2, 3, 3, 5, 7])
-    dtype = chosen.choice([torch.float32, torch.bfloat16, torch.float64])
-    return (_layout(torch.randn(o, i, size, chosen.choice([size, 1, 4])).to(dtype), chosen),)
+def _weight_order(w: Tensor, chosen: random.Random) -> Tensor:
+    return chosen.choice([w, w.contiguous(memory_format=CHANNELS_LAST)])
 
 
-def tap_spread(chosen: random.Random) -> tuple[Any, ...]:
-    (w,) = tap_sum(chosen)
-    return w.sum((2, 3)), *w.shape[2:]
+def grid_products(chosen: random.Random) -> tuple[Any, ...]:
+    groups, o, i = chosen.choice([(1, 24, 16), (1, 1, 1), (1, 40, 37), (3, 5, 7), (6, 2, 1), (9, 1, 1), (1, 500, 3),
+                                  (1, 3, 270), (2, 8, 8)])
+    n, p, q = chosen.choice([(2, 3, 5), (1, 1, 1), (0, 2, 2), (3, 4, 4), (1, 17, 16), (2, 7, 9)])
+    kernel = chosen.choice([(1, 1), (3, 3), (3, 3), (5, 5), (2, 4), (1, 3)])
+    dtype = chosen.choice([torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16])
+
+    def drawn(*shape: int) -> Tensor:
+        return (torch.randn(shape) / 8).to(dtype)
+
+    def grid(channels: int) -> Tensor:
+        return chosen.choice([drawn(channels, n, p, q).transpose(0, 1), drawn(n, channels, p, q)])
+
+    factors = [drawn(p, q) if chosen.random() < 0.6 else None for _ in range(2)]
+    x, wants_input = (None, True) if chosen.random() < 0.2 else (grid(groups * i), chosen.random() < 0.8)
+    w = _weight_order(drawn(groups * o, i, *kernel), chosen)
+    return grid(groups * o), *factors, x, w, groups, wants_input, chosen.random() < 0.7
 
 
 def _geometry(x: Tensor, chosen: random.Random) -> tuple[int, ...]:
@@ -141,7 +153,7 @@ def max_pool_backward(chosen: random.Random) -> tuple[Any, ...]:
 
 MAKERS: dict[str, Callable[[random.Random], tuple[Any, ...]]] = {
     make.__name__: make for make in (patch_mean, patch_spread, mask_pack, mask_apply, mask_count, bits_count,
-                                     masked_patch_mean, patch_mean_count, tap_sum, tap_spread, max_pool,
+                                     masked_patch_mean, patch_mean_count, grid_products, max_pool,
                                      max_pool_backward)}
 
 
@@ -154,4 +166,10 @@ def cases(name: str, count: int = CASES_EACH) -> Iterator[tuple[int, tuple[Any, 
 
 
 def as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return out if isinstance(out, tuple) else (out,)
+    """The answers; what an op hands out beyond two is scratch, whose numbers nobody promises."""
+    return out[:2] if isinstance(out, tuple) else (out,)
+
+
+def call(name: str, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The answers of an op, as torch calls it."""
+    return as_tuple(getattr(torch.ops.edgetune, name)(*arguments))

@@ -14,12 +14,12 @@ typedef int64_t I;
     void et_patch_spread_##t(const type *, type *, I, I, I, I, I, I, int, int); \
     void et_mask_pack_##t(const type *, uint8_t *, float, float, I, int); \
     void et_mask_apply_##t(const type *, const uint8_t *, type *, I, int); \
-    void et_tap_sum_##t(const type *, type *, I, I, int); \
-    void et_tap_spread_##t(const type *, type *, I, I, int); \
     void et_max_pool_##t(const type *, type *, uint8_t *, const I *, int, int);
 DECLARE(float, f32)
 DECLARE(uint16_t, bf16)
 void et_max_pool_backward_f32(const float *, uint8_t *, float *, const I *, int, int);
+void et_grid_products_f32(const float *, const float *, const float *, const float *, const float *, float *, float *,
+                          float *, const I *, int);
 
 enum { ROOM = 1 << 18 };
 static uint32_t state = 1;
@@ -58,8 +58,6 @@ static void check_##t(const type *x, const uint8_t *bits, I n, I c, I h, I w, I 
     et_patch_mean_count_##t(x, out, bytes, -1, 2, n, c, h, w, a, b, last, 2); show("mean_count", bytes, cells * wide); \
     et_mask_pack_##t(x, bytes, -1, 2, all, 2); show("mask_pack", bytes, (all + 7) / 8); \
     et_mask_apply_##t(x, bits, out, all, 2); SETTLE_##t(out, all); show("mask_apply", out, all * sizeof *out); \
-    et_tap_sum_##t(x, out, n * c, h * w, 2); SETTLE_##t(out, n * c); show("tap_sum", out, n * c * sizeof *out); \
-    et_tap_spread_##t(x, out, n * c, h * w, 2); SETTLE_##t(out, all); show("tap_spread", out, all * sizeof *out); \
     I s = b < 3 ? b : 2, g[] = {n, c, h, w, (h + 2 - 3) / s + 1, (w + 2 - 3) / s + 1, 3, 3, s, s, 1, 1, 1, 1}; \
     I outs = n * c * g[4] * g[5]; \
     et_max_pool_##t(x, out, bytes, g, last, 2); SETTLE_##t(out, outs); \
@@ -68,6 +66,25 @@ static void check_##t(const type *x, const uint8_t *bits, I n, I c, I h, I w, I 
 }
 CHECK(float, f32)
 CHECK(uint16_t, bf16)
+
+/* groups, o, i, samples, cells, taps, whether the weight lies channels last. Whole sixteenths add up exactly. */
+static void check_products(float *x) {
+    static const I cases[][7] = {{1, 24, 16, 2, 15, 9, 0}, {1, 40, 37, 1, 49, 9, 1}, {3, 5, 7, 2, 16, 25, 0}, {6, 2, 1, 3, 9, 9, 0},
+                                 {1, 490, 3, 1, 20, 1, 0}, {1, 3, 270, 1, 272, 4, 1}, {2, 8, 8, 1, 1, 9, 0}};
+    float *gx = room(), *gw = room(), *sums = room();
+    for (I i = 0; i < ROOM; i++) x[i] = (float)((int)(next() >> 8) % 33) / 16.0f;
+    for (int k = 0; k < 7; k++) {
+        const I *s = cases[k];
+        I length = s[3] * s[4], o_w = s[2] * s[5], i_w = s[6] ? 1 : s[5], t_w = s[6] ? s[2] : 1;
+        const I sizes[] = {s[0], s[1], s[2], length, s[4], s[5], o_w, i_w, t_w, o_w, i_w, t_w, s[5]};
+        et_grid_products_f32(x, x + 7, x + 11, x + 1001, x + 2003, gx, gw, sums, sizes, 2);
+        show("products gx", gx, s[0] * s[2] * length * sizeof *gx);
+        show("products gw", gw, s[0] * s[1] * o_w * sizeof *gw);
+        et_grid_products_f32(x, NULL, NULL, x + 1001, x + 2003, NULL, gw, sums, sizes, 1);
+        show("products gw alone", gw, s[0] * s[1] * o_w * sizeof *gw);
+    }
+    free(gx); free(gw); free(sums);
+}
 
 int main(void) {
     static const I shapes[][4] = {{2, 3, 7, 9}, {1, 16, 14, 14}, {2, 5, 9, 33}, {1, 70, 6, 21}, {1, 3, 40, 56}};
@@ -87,6 +104,7 @@ int main(void) {
                 check_f32(x, bits, shape[0], shape[1], shape[2], shape[3], patches[r][0], patches[r][1], last);
                 check_bf16(half, bits, shape[0], shape[1], shape[2], shape[3], patches[r][0], patches[r][1], last);
             }
+    check_products(x);
     float *y = room(), *gx = room();
     uint8_t *index = room();
     const I g[] = {2, 9, 15, 20, 8, 10, 3, 3, 2, 2, 1, 1, 1, 1};

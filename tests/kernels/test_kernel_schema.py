@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetune import kernels
 from edgetune.errors import EdgetuneError
-from kernels.kernel_cases import MAKERS, as_tuple, cases
+from kernels.kernel_cases import MAKERS, call, cases
 
 
 def test_names_are_the_ops() -> None:
@@ -29,9 +29,9 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_meta_agrees(name: str) -> None:
     for seed, arguments in cases(name, 20):
-        real = as_tuple(getattr(kernels, name)(*arguments))
+        real = call(name, arguments)
         away = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments]
-        for a, b in zip(real, as_tuple(getattr(kernels, name)(*away)), strict=True):
+        for a, b in zip(real, call(name, away), strict=True):
             assert (a.shape, a.dtype, b.device.type) == (b.shape, b.dtype, "meta"), f"seed {seed}"
             assert a.is_contiguous() == b.is_contiguous(), f"seed {seed}"
 
@@ -60,8 +60,10 @@ def test_modes_see_one_op() -> None:
     lambda: kernels.mask_apply(torch.ones(8), torch.zeros(1)),
     lambda: kernels.bits_count(torch.zeros(3, dtype=torch.uint8), 1, 1, 4, 4, 2, 2),
     lambda: kernels.masked_patch_mean(torch.ones(1, 1, 4, 4), torch.zeros(3, dtype=torch.uint8), 2, 2),
-    lambda: kernels.tap_sum(torch.ones(3, 3)),
-    lambda: kernels.tap_spread(torch.ones(3), 3, 3),
+    lambda: kernels.grid_products(torch.ones(1, 4, 2, 2), None, None, None, torch.ones(3, 2, 1, 1), 1),
+    lambda: kernels.grid_products(*torch.ones(1, 1, 4, 2, 2), None, None, torch.ones(1, 3, 2, 2),
+                                  torch.ones(4, 2, 1, 1), 1),
+    lambda: kernels.grid_products(*torch.ones(1, 1, 4, 2, 2), torch.ones(3, 2), None, None, torch.ones(4, 2, 1, 1), 1),
     lambda: kernels.max_pool(torch.ones(1, 1, 40, 40), 16, 16, 1, 1, 0, 0, 1, 1, False),
     lambda: kernels.max_pool(torch.ones(1, 1, 4, 4), 3, 3, 1, 1, 2, 2, 1, 1, False),
     lambda: kernels.max_pool(torch.ones(1, 1, 2, 2), 3, 3, 1, 1, 0, 0, 1, 1, False),

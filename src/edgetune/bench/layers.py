@@ -136,7 +136,7 @@ def _method(layer: _Layer, own: GradientFilter) -> dict[str, Callable[[], object
         return own.gradients(kept, own.receive(layer.gy, geometry), weight, geometry, wants_input=True)
 
     return {"keep": lambda: own.save(layer.x, geometry), "method": unpooled,
-            "grid": lambda: grid_backward(kept, on_grid, weight, geometry, own.patch_px, own.taps)}
+            "grid": lambda: grid_backward(kept, on_grid, weight, geometry, own.patch_px, own.taps, spread=False)}
 
 
 def _row(layer: _Layer, own: GradientFilter, exact: tuple[torch.Tensor, torch.Tensor], timed: timing.Timed,

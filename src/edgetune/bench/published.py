@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from edgetune import kernels
 from edgetune.contract import LayerMethod
 from edgetune.graph import Call
-from edgetune.hosts.products import mix_input, mix_weight
 from edgetune.overlap import ConvGeometry, cells
 
 
@@ -43,8 +43,9 @@ class PublishedFilter(LayerMethod):
 
     def grad_input(self, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         """(n o p q) -> gx (n c h w): the sum of the weight's taps times g, on every pixel."""
-        n, _, p, q = g.shape
-        small = mix_input(g.flatten(2), weight.sum((2, 3)), geometry.groups).view(n, -1, p, q)
+        p, q = g.shape[2:]
+        small, _ = kernels.grid_products(g, None, None, None, weight, geometry.groups)
+        assert small is not None
         rows, columns = self._input_patch(geometry)
         full = small.repeat_interleave(rows, 2).repeat_interleave(columns, 3)
         (h, w), (top, left) = geometry.in_hw, _pads(geometry.in_hw, (p, q), (rows, columns))
@@ -52,8 +53,10 @@ class PublishedFilter(LayerMethod):
 
     def grad_weight(self, kept: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         """(n c p q), (n o p q) -> gw (o i u v), every tap the same."""
-        gw = mix_weight(g.flatten(2), kept.flatten(2), geometry.groups)
-        return gw[:, :, None, None].expand(-1, -1, *geometry.kernel).contiguous()
+        weight = g.new_empty(1).expand(geometry.out_channels, kept.shape[1] // geometry.groups, *geometry.kernel)
+        _, gw = kernels.grid_products(g, None, None, kept, weight, geometry.groups, wants_input=False)
+        assert gw is not None
+        return gw
 
     def _input_patch(self, geometry: ConvGeometry) -> tuple[int, int]:
         return self.patch_px * geometry.stride[0], self.patch_px * geometry.stride[1]

@@ -7,6 +7,7 @@ from edgetune.kernels.geometry import is_channels_last
 from edgetune.kernels.ops import (
     NAMES,
     bits_count,
+    grid_products,
     mask_apply,
     mask_count,
     mask_pack,
@@ -16,14 +17,13 @@ from edgetune.kernels.ops import (
     patch_mean,
     patch_mean_count,
     patch_spread,
-    tap_spread,
-    tap_sum,
 )
 
 __all__ = [
     "Status",
     "NAMES",
     "bits_count",
+    "grid_products",
     "is_channels_last",
     "mask_apply",
     "mask_count",
@@ -35,6 +35,4 @@ __all__ = [
     "patch_mean_count",
     "patch_spread",
     "status",
-    "tap_spread",
-    "tap_sum",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edgetune.kernels.geometry import (
     NOTHING,
+    ROWS,
     Pool,
     ceil_div,
     count_dtype,
@@ -116,12 +117,36 @@ def patch_mean_count(x: Tensor, low: float, high: float, cell_mean_h: int, cell_
     return patch_mean(x, cell_mean_h, cell_mean_w), mask_count(x, low, high, cell_count_h, cell_count_w)
 
 
-def tap_sum(w: Tensor) -> Tensor:
-    return _wide(w).sum((2, 3)).to(w.dtype).contiguous()
+def grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, x: Tensor | None, w: Tensor,
+                  groups: int, wants_input: bool, spread: bool) -> tuple[Tensor, Tensor, Tensor]:
+    gx, gw = g.new_empty((0, 0, 0, 0)), g.new_empty((0, 0))
+    if wants_input:
+        gx = _mix_input(_scaled(g, to_input), w.sum((2, 3), dtype=g.dtype), groups)
+    if x is not None:
+        gw = _mix_weight(_scaled(g, to_weight), x.to(g.dtype), groups)
+        if spread:
+            gw = torch.empty_like(w, dtype=g.dtype).copy_(gw[:, :, None, None])
+    return gx, gw, g.new_zeros(w.shape[0] * (w.shape[1] + ROWS - 1) if wants_input else 0)
 
 
-def tap_spread(gw: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
-    return gw.new_empty(*gw.shape, kernel_h, kernel_w).copy_(gw[:, :, None, None])
+def _scaled(g: Tensor, factor: Tensor | None) -> Tensor:
+    """g (n o p q) times factor (p q), channel by channel: (o n p q)."""
+    return (g if factor is None else g * factor).transpose(0, 1).contiguous()
+
+
+def _mix_input(g: Tensor, w: Tensor, groups: int) -> Tensor:
+    """g (o n p q) with w (o i), in groups -> gx (n c p q)."""
+    o, n, p, q = g.shape
+    i = w.shape[1]
+    mixed = torch.matmul(w.view(groups, o // groups, i).transpose(1, 2), g.view(groups, o // groups, n * p * q))
+    return mixed.view(groups * i, n, p, q).transpose(0, 1)
+
+
+def _mix_weight(g: Tensor, x: Tensor, groups: int) -> Tensor:
+    """g (o n p q) with x (n c p q), in groups -> gw (o i)."""
+    o, c = g.shape[0], x.shape[1]
+    columns = x.transpose(0, 1).contiguous().view(groups, c // groups, -1).transpose(1, 2)
+    return torch.matmul(g.view(groups, o // groups, -1), columns).view(o, c // groups)
 
 
 def _sees(starts: Tensor, kernel: int, dil: int, size: int) -> Tensor:

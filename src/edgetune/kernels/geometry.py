@@ -52,6 +52,9 @@ def count_dtype(cell_h: int, cell_w: int) -> torch.dtype:
     return torch.uint8 if cell_h * cell_w <= 255 else torch.int32
 
 
+ROWS = 8
+"""Sums over taps lie in panels of at most so many input channels, the last one filled up with zeros."""
+
 NOTHING = 255
 """Index of a pooling window that sees padding only: its value is -inf and it passes no gradient on."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from edgetune.errors import EdgetuneError
 from edgetune.kernels.geometry import (
+    ROWS,
     Pool,
     ceil_div,
     check_bits,
@@ -75,16 +76,25 @@ def patch_mean_count(x: Tensor, low: float, high: float, cell_mean_h: int, cell_
     return patch_mean(x, cell_mean_h, cell_mean_w), mask_count(x, low, high, cell_count_h, cell_count_w)
 
 
-def tap_sum(w: Tensor) -> Tensor:
-    if w.dim() != 4:
-        raise EdgetuneError(f"a weight of shape {tuple(w.shape)} has no taps: give axes (o i u v)")
-    return torch.empty(w.shape[:2], dtype=w.dtype, device=w.device)
-
-
-def tap_spread(gw: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
-    if gw.dim() != 2:
-        raise EdgetuneError(f"a tensor of shape {tuple(gw.shape)} can't be spread over taps: give axes (o i)")
-    return torch.empty((*gw.shape, kernel_h, kernel_w), dtype=gw.dtype, device=gw.device)
+def grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, x: Tensor | None, w: Tensor,
+                  groups: int, wants_input: bool, spread: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """gx, gw and the sums over taps: a scratch, handed out so that whoever counts memory sees it."""
+    if g.dim() != 4 or w.dim() != 4 or g.shape[1] != w.shape[0] or w.shape[0] % groups:
+        raise EdgetuneError(f"a gradient of shape {tuple(g.shape)} doesn't belong to a weight of shape "
+                            f"{tuple(w.shape)} in {groups} groups: give axes (n o p q) and (o i u v)")
+    n, o, p, q = g.shape
+    c = w.shape[1] * groups
+    if x is not None and x.shape != (n, c, p, q):
+        raise EdgetuneError(f"an input of shape {tuple(x.shape)} doesn't belong to a gradient of shape "
+                            f"{tuple(g.shape)}: give ({n} {c} {p} {q})")
+    for factor in (to_input, to_weight):
+        if factor is not None and factor.shape != (p, q):
+            raise EdgetuneError(f"factors of shape {tuple(factor.shape)} don't belong to a {p}x{q} grid: give (p q)")
+    gx = g.new_empty((c, n, p, q) if wants_input else (0, 0, 0, 0)).transpose(0, 1)
+    sums = g.new_empty(o * (w.shape[1] + ROWS - 1) if wants_input else 0)
+    if x is None:
+        return gx, g.new_empty((0, 0)), sums
+    return gx, torch.empty_like(w, dtype=g.dtype) if spread else g.new_empty(w.shape[:2]), sums
 
 
 def max_pool(x: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,

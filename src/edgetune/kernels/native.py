@@ -27,8 +27,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "bits_count": (P, P, N, N, N, N, N, N, B),
     "masked_patch_mean": (P, P, P, N, N, N, N, N, N, B),
     "patch_mean_count": (P, P, P, F, F, N, N, N, N, N, N, B),
-    "tap_sum": (P, P, N, N),
-    "tap_spread": (P, P, N, N),
+    "grid_products": (P, P, P, P, P, P, P, P, P),
     "max_pool": (P, P, P, P, B),
     "max_pool_backward": (P, P, P, P, B),
 }
@@ -140,22 +139,38 @@ def patch_mean_count(out: tuple[Tensor, Tensor], x: Tensor, low: float, high: fl
     return True
 
 
-def tap_sum(out: Tensor, w: Tensor) -> bool:
-    run = _function("tap_sum", w.dtype)
-    if run is None:
+def grid_products(out: tuple[Tensor, Tensor, Tensor], g: Tensor, to_input: Tensor | None, to_weight: Tensor | None,
+                  x: Tensor | None, w: Tensor, groups: int, wants_input: bool, spread: bool) -> bool:
+    run = _function("grid_products", g.dtype)
+    given = (g, to_input, to_weight, x, w)
+    if run is None or g.numel() == 0 or any(t is not None and t.dtype != g.dtype for t in given):
         return False
-    w = w.contiguous()
-    run(w.data_ptr(), out.data_ptr(), out.numel(), w.shape[2] * w.shape[3], get_num_threads())
+    gx, gw, sums = out
+    o, i, ku, kv = w.shape
+    w = w if is_channels_last(w) else w.contiguous()
+    g, factors = _by_channel(g), [None if t is None else t.contiguous() for t in (to_input, to_weight)]
+    x = None if x is None else _by_channel(x)
+    copies = ku * kv if spread else 1
+    cells = g.shape[2] * g.shape[3]
+    sizes = (N * 13)(groups, o // groups, i, g.shape[1] * cells, cells, ku * kv, *_strides(w, i, ku * kv),
+                     *_strides(gw, i, copies), copies)
+    run(g.data_ptr(), *(_pointer(t) for t in (*factors, x)), w.data_ptr(), gx.data_ptr() if wants_input else None,
+        None if x is None else gw.data_ptr(), sums.data_ptr(), ctypes.addressof(sizes), get_num_threads())
     return True
 
 
-def tap_spread(out: Tensor, gw: Tensor, kernel_h: int, kernel_w: int) -> bool:
-    run = _function("tap_spread", gw.dtype)
-    if run is None:
-        return False
-    gw = gw.contiguous()
-    run(gw.data_ptr(), out.data_ptr(), gw.numel(), kernel_h * kernel_w, get_num_threads())
-    return True
+def _by_channel(t: Tensor) -> Tensor:
+    """(n c p q) -> (c n p q), dense."""
+    return t.transpose(0, 1).contiguous()
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _strides(w: Tensor, i: int, taps: int) -> tuple[int, int, int]:
+    """Elements from one output channel, input channel and tap of a dense weight to the next."""
+    return (i * taps, 1, i) if is_channels_last(w) else (i * taps, taps, 1)
 
 
 def max_pool(out: tuple[Tensor, Tensor], x: Tensor, *geometry: int) -> bool:

@@ -23,8 +23,7 @@ _mask_count = _ops.mask_count.default
 _bits_count = _ops.bits_count.default
 _masked_patch_mean = _ops.masked_patch_mean.default
 _patch_mean_count = _ops.patch_mean_count.default
-_tap_sum = _ops.tap_sum.default
-_tap_spread = _ops.tap_spread.default
+_grid_products = _ops.grid_products.default
 _max_pool = _ops.max_pool.default
 _max_pool_backward = _ops.max_pool_backward.default
 
@@ -82,14 +81,17 @@ def patch_mean_count(x: Tensor, low: float, high: float, cell_mean_h: int, cell_
     return _patch_mean_count(x, low, high, cell_mean_h, cell_mean_w, cell_count_h, cell_count_w)
 
 
-def tap_sum(w: Tensor) -> Tensor:
-    """Sum over the kernel's taps: w (o i u v) -> (o i)."""
-    return _tap_sum(w)
+def grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, x: Tensor | None, w: Tensor,
+                  groups: int, wants_input: bool = True, spread: bool = True) -> tuple[Tensor | None, Tensor | None]:
+    """Both channel products of a backward pass on the grid: g (n o p q), x (n c p q), w (o i u v) -> gx, gw.
 
-
-def tap_spread(gw: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
-    """Every tap gets the same value: gw (o i) -> (o i u v) contiguous."""
-    return _tap_spread(gw, kernel_h, kernel_w)
+    gx (n c p q), in memory channel by channel, is the sum over taps of w, transposed, times g `to_input`; gw the
+    product over samples and cells of g `to_weight` and x: (o i), or with `spread` (o i u v) in the memory order of w,
+    the same at every tap. `to_input` and `to_weight` (p q) multiply g cell by cell; None is 1. What is not wanted
+    (gx unless `wants_input`, gw unless x is given) is None. Fastest where g and x lie channel by channel.
+    """
+    gx, gw, _ = _grid_products(g, to_input, to_weight, x, w, groups, wants_input, spread)
+    return gx if wants_input else None, None if x is None else gw
 
 
 def max_pool(x: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,

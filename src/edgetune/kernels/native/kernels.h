@@ -7,5 +7,4 @@
 #include "patch_spread.c"
 #include "mask_pack.c"
 #include "mask_apply.c"
-#include "taps.c"
 #include "max_pool.c"

@@ -15,6 +15,33 @@ static inline v8 v8_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void v8_store(float *p, v8 a) { _mm256_storeu_ps(p, a); }
 static inline v8 v8_add(v8 a, v8 b) { return _mm256_add_ps(a, b); }
 static inline v8 v8_mul(v8 a, v8 b) { return _mm256_mul_ps(a, b); }
+#ifdef __FMA__
+static inline v8 v8_fma(v8 a, v8 b, v8 c) { return _mm256_fmadd_ps(a, b, c); }
+#else
+static inline v8 v8_fma(v8 a, v8 b, v8 c) { return _mm256_add_ps(_mm256_mul_ps(a, b), c); }
+#endif
+/* Eight rows of eight: rows become columns. */
+static inline void v8_transpose(v8 r[8]) {
+    v8 t[8], u[8];
+    for (int i = 0; i < 4; i++) {
+        t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+        r[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+    }
+}
+/* Lane i of the result is lane at[i] of a. */
+static inline v8 v8_pick(v8 a, const int32_t *at) {
+    return _mm256_permutevar8x32_ps(a, _mm256_loadu_si256((const __m256i *)(const void *)at));
+}
 /* a0+a1 a2+a3 a4+a5 a6+a7 b0+b1 b2+b3 b4+b5 b6+b7 */
 static inline v8 v8_pairs(v8 a, v8 b) {
     __m256d mixed = _mm256_castps_pd(_mm256_hadd_ps(a, b));
@@ -89,6 +116,8 @@ static inline v8 v8_load(const float *p) { return (v8){vld1q_f32(p), vld1q_f32(p
 static inline void v8_store(float *p, v8 x) { vst1q_f32(p, x.a); vst1q_f32(p + 4, x.b); }
 static inline v8 v8_add(v8 x, v8 y) { return (v8){vaddq_f32(x.a, y.a), vaddq_f32(x.b, y.b)}; }
 static inline v8 v8_mul(v8 x, v8 y) { return (v8){vmulq_f32(x.a, y.a), vmulq_f32(x.b, y.b)}; }
+static inline v8 v8_fma(v8 x, v8 y, v8 z) { return (v8){vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b)}; }
+#define ET_MOVES_BY_COPY
 static inline v8 v8_pairs(v8 x, v8 y) { return (v8){vpaddq_f32(x.a, x.b), vpaddq_f32(y.a, y.b)}; }
 static inline void v8_twice(v8 x, v8 *low, v8 *high) {
     *low = (v8){vzip1q_f32(x.a, x.a), vzip2q_f32(x.a, x.a)};
@@ -136,6 +165,8 @@ static inline v8 v8_load(const float *p) { v8 r; EACH r.lane[i] = p[i]; return r
 static inline void v8_store(float *p, v8 a) { EACH p[i] = a.lane[i]; }
 static inline v8 v8_add(v8 a, v8 b) { EACH a.lane[i] += b.lane[i]; return a; }
 static inline v8 v8_mul(v8 a, v8 b) { EACH a.lane[i] *= b.lane[i]; return a; }
+static inline v8 v8_fma(v8 a, v8 b, v8 c) { EACH c.lane[i] += a.lane[i] * b.lane[i]; return c; }
+#define ET_MOVES_BY_COPY
 static inline v8 v8_pairs(v8 a, v8 b) {
     v8 r;
     for (int i = 0; i < 4; i++) {
@@ -176,6 +207,22 @@ static inline unsigned v8_inside(v8 a, v8 low, v8 high) {
 #define ET_PART_BY_COPY
 #endif
 
+#ifdef ET_MOVES_BY_COPY
+static inline void v8_transpose(v8 r[8]) {
+    float lanes[8][8], turned[8][8];
+    for (int i = 0; i < 8; i++) v8_store(lanes[i], r[i]);
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 8; j++) turned[i][j] = lanes[j][i];
+    for (int i = 0; i < 8; i++) r[i] = v8_load(turned[i]);
+}
+static inline v8 v8_pick(v8 a, const int32_t *at) {
+    float lanes[8], picked[8];
+    v8_store(lanes, a);
+    for (int i = 0; i < 8; i++) picked[i] = lanes[at[i]];
+    return v8_load(picked);
+}
+#endif
+
 #ifdef ET_PART_BY_COPY
 static inline v8 part_load(const float *p, int count) {
     float lanes[8] = {0};
@@ -186,6 +233,38 @@ static inline void part_store(float *p, v8 a, int count) {
     float lanes[8];
     v8_store(lanes, a);
     for (int i = 0; i < count; i++) p[i] = lanes[i];
+}
+#endif
+
+/* Sixteen floats: one register where there are such, else two of eight. */
+#if defined(__AVX512F__) && !defined(ET_PLAIN)
+typedef __m512 v16;
+static inline v16 v16_all(float f) { return _mm512_set1_ps(f); }
+static inline v16 v16_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void v16_store(float *p, v16 a) { _mm512_storeu_ps(p, a); }
+static inline v16 v16_add(v16 a, v16 b) { return _mm512_add_ps(a, b); }
+static inline v16 v16_mul(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
+static inline v16 v16_fma(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }
+static inline __mmask16 v16_lanes(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
+static inline v16 v16_part_load(const float *p, int64_t count) { return _mm512_maskz_loadu_ps(v16_lanes(count), p); }
+static inline void v16_part_store(float *p, v16 a, int64_t count) { _mm512_mask_storeu_ps(p, v16_lanes(count), a); }
+#else
+typedef struct { v8 low, high; } v16;
+static inline v16 v16_all(float f) { return (v16){v8_all(f), v8_all(f)}; }
+static inline v16 v16_load(const float *p) { return (v16){v8_load(p), v8_load(p + 8)}; }
+static inline void v16_store(float *p, v16 a) { v8_store(p, a.low); v8_store(p + 8, a.high); }
+static inline v16 v16_add(v16 a, v16 b) { return (v16){v8_add(a.low, b.low), v8_add(a.high, b.high)}; }
+static inline v16 v16_mul(v16 a, v16 b) { return (v16){v8_mul(a.low, b.low), v8_mul(a.high, b.high)}; }
+static inline v16 v16_fma(v16 a, v16 b, v16 c) {
+    return (v16){v8_fma(a.low, b.low, c.low), v8_fma(a.high, b.high, c.high)};
+}
+static inline v16 v16_part_load(const float *p, int64_t count) {
+    if (count >= 16) return v16_load(p);
+    return (v16){part_load(p, count < 8 ? (int)count : 8), count > 8 ? part_load(p + 8, (int)count - 8) : v8_all(0)};
+}
+static inline void v16_part_store(float *p, v16 a, int64_t count) {
+    part_store(p, a.low, count < 8 ? (int)count : 8);
+    if (count > 8) part_store(p + 8, a.high, count < 16 ? (int)count - 8 : 8);
 }
 #endif
 

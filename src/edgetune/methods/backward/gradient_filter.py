@@ -31,7 +31,7 @@ Reference
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -40,15 +40,15 @@ from edgetune import kernels
 from edgetune.contract import LayerMethod
 from edgetune.graph import Call
 from edgetune.hosts.grid import PIXEL, Cell, cell_area, on
-from edgetune.hosts.products import (
-    mix_input,
-    mix_weight,
-    scaled_by_channel,
-    spread_taps,
-    sum_taps,
-)
 from edgetune.hosts.walsh import analyse, fold_bases, synthesise
-from edgetune.overlap import ConvGeometry, cells, mean_factors, overlap
+from edgetune.overlap import (
+    ConvGeometry,
+    SmallConvolution,
+    cells,
+    mean_factors,
+    overlap,
+    small_convolution,
+)
 
 Taps = Literal["mean", "grid"]
 
@@ -60,109 +60,91 @@ def input_cell(geometry: ConvGeometry, patch_px: int, taps: Taps) -> Cell:
     return patch_px * geometry.stride[0], patch_px * geometry.stride[1]
 
 
-class Received(NamedTuple):
-    """Mean form: g as the input gradient reads it, and as the weight gradient does: `factor` times `weight`."""
-
-    input: torch.Tensor
-    weight: torch.Tensor
-    factor: float
-
-
-class _Factors(NamedTuple):
-    """What g is multiplied by, (p q); None where that is 1 everywhere. `ratio`: weight = ratio * input everywhere."""
-
-    input: torch.Tensor | None
-    weight: torch.Tensor
-    ratio: float | None
-
-
-def received_mean(g: torch.Tensor, geometry: ConvGeometry, patch_px: int) -> Received:
-    """Mean form: g (n o p q) on the input's cells, laid out channel by channel.
-
-    Where output and input have equally many cells each keeps its own factor; elsewhere (a valid convolution on a
-    small map) the overlap table itself carries g to the input's cells.
-    """
-    factors = _factors(geometry, patch_px, g.dtype, g.device)
-    if factors is not None:
-        to_input = scaled_by_channel(g, factors.input)
-        if factors.ratio is not None:
-            return Received(to_input, to_input, factors.ratio)
-        return Received(to_input, scaled_by_channel(g, factors.weight), 1.0)
-    cell_in = input_cell(geometry, patch_px, "mean")
-    rows, columns = (on(overlap(geometry, axis, patch_px, cell_in[axis]).mean(0), g) for axis in (0, 1))
-    carried = rows.T @ g @ columns
-    return Received(carried / on(cell_area(geometry.in_hw, cell_in), g), carried, 1.0)
+Factors = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 @lru_cache(maxsize=4096)
-def _factors(geometry: ConvGeometry, patch_px: int, dtype: torch.dtype, device: torch.device) -> _Factors | None:
-    """The factors of a layer's cells, or None where output and input do not have equally many cells."""
+def _factors(geometry: ConvGeometry, patch_px: int) -> Factors | None:
+    """Mean form: what g (n o p q) is multiplied by for gx and for gw, float64 (p q); None for 1 everywhere.
+
+    None where output and input do not have equally many cells.
+    """
     cell_in = input_cell(geometry, patch_px, "mean")
-    grid_out = tuple(cells(size, patch_px) for size in geometry.out_hw)
-    if grid_out != tuple(cells(size, c) for size, c in zip(geometry.in_hw, cell_in, strict=True)):
+    sizes = zip(geometry.out_hw, geometry.in_hw, cell_in, strict=True)
+    if any(cells(out, patch_px) != cells(size, cell) for out, size, cell in sizes):
         return None
     rows, columns = (mean_factors(geometry, axis, patch_px, cell_in[axis]) for axis in (0, 1))
     m, n = rows[0][:, None] * columns[0], rows[1][:, None] * columns[1]
-    ratio = float(n.max() / m.max()) if m.numel() and float(m.max()) > 0 else 1.0
-    return _Factors(input=None if bool((m == 1).all()) else m.to(device, dtype), weight=n.to(device, dtype),
-                    ratio=ratio if torch.allclose(n, ratio * m, rtol=1e-12, atol=0) else None)
+    return None if bool((m == 1).all()) else m, n
 
 
-def received_grid(g: torch.Tensor, geometry: ConvGeometry, patch_px: int) -> torch.Tensor:
-    """Grid form: g (n o p q) -> what each tap carries to each input cell, (n o u v p' q')."""
+def grid_backward(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+                  patch_px: int, taps: Taps, wants_input: bool = True, spread: bool = True,
+                  ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Both gradients on the grid from patch means of x (None: no gw) and of gy: gx (n c p' q') and gw (o i u v).
+
+    In the mean form, where every tap has the same gradient, gw is (o i) unless `spread`.
+    """
+    x, weight = None if x is None else x.to(g.dtype), weight.to(g.dtype)
+    if taps == "mean":
+        return _mean_backward(x, g, weight, geometry, patch_px, wants_input, spread)
+    return _grid_backward(x, g, weight, geometry, patch_px, wants_input)
+
+
+def _mean_backward(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+                   patch_px: int, wants_input: bool, spread: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    factors = _factors(geometry, patch_px)
+    if factors is None:
+        # a valid convolution on a small map: the overlap table itself carries g to the input's cells
+        cell_in = input_cell(geometry, patch_px, "mean")
+        rows, columns = (on(overlap(geometry, axis, patch_px, cell_in[axis]).mean(0), g) for axis in (0, 1))
+        g, factors = rows.T @ g @ columns, (_reciprocal_area(geometry.in_hw, cell_in), None)
+    to_input, to_weight = (None if table is None else on(table, g) for table in factors)
+    return kernels.grid_products(g, to_input, to_weight, x, weight, geometry.groups, wants_input, spread)
+
+
+@lru_cache(maxsize=1024)
+def _reciprocal_area(hw: tuple[int, int], cell: Cell) -> torch.Tensor:
+    return cell_area(hw, cell).reciprocal()
+
+
+def _grid_backward(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+                   patch_px: int, wants_input: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     cell_in = input_cell(geometry, patch_px, "grid")
+    small = small_convolution(geometry, patch_px, cell_in)
+    if small is not None:
+        return _small_backward(x, g, weight, geometry, small, cell_in, wants_input)
+    # taps become further output channels, in the order (o u v), of a product with one tap
+    t = _received_by_taps(g, geometry, patch_px, cell_in).flatten(1, 3)
+    one_tap = weight.permute(0, 2, 3, 1).reshape(-1, weight.shape[1], 1, 1)
+    to_input = on(_reciprocal_area(geometry.in_hw, cell_in), g)
+    gx, gw = kernels.grid_products(t, to_input, None, x, one_tap, geometry.groups, wants_input)
+    if gw is not None:
+        o, i, ku, kv = weight.shape
+        gw = gw.view(o, ku, kv, i).permute(0, 3, 1, 2).contiguous()
+    return gx, gw
+
+
+def _received_by_taps(g: torch.Tensor, geometry: ConvGeometry, patch_px: int, cell_in: Cell) -> torch.Tensor:
+    """g (n o p q) -> what each tap carries to each input cell, (n o u v p' q')."""
     rows, columns = (on(overlap(geometry, axis, patch_px, cell_in[axis]), g) for axis in (0, 1))
     carried = torch.einsum("nopq,vqx->nopvx", g, columns)
     return torch.einsum("nopvx,upy->nouvyx", carried, rows)
 
 
-def grid_backward(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
-                  patch_px: int, taps: Taps, wants_input: bool = True,
-                  ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Both gradients on the grid from patch means of x (None: no gw) and of gy: gx (n c p' q') and gw.
-
-    In the mean form gw is (o i), the value of every tap; in the grid form (o i u v).
-    """
-    backward = _mean_backward if taps == "mean" else _grid_backward
-    return backward(x, g, weight, geometry, patch_px, wants_input)
-
-
-def _mean_backward(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
-                   patch_px: int, wants_input: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    to_input, to_weight, factor = received_mean(g, geometry, patch_px)
-    gx = gw = None
+def _small_backward(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+                    small: SmallConvolution, cell_in: Cell, wants_input: bool,
+                    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The grid form as a convolution on the grid, whose taps are mixtures of the layer's."""
+    rows, columns = (on(table, g) for table in small.mix)
+    mixed = torch.einsum("oiuv,ud,ve->oide", weight, rows, columns)
+    grid = tuple(cells(size, cell) for size, cell in zip(geometry.in_hw, cell_in, strict=True))
+    like = g.new_empty(1).expand(g.shape[0], geometry.in_channels, *grid) if x is None else x
+    gx, gw, _ = torch.ops.aten.convolution_backward(g, like, mixed, None, (1, 1), small.padding, (1, 1), False, (0, 0),
+                                                    geometry.groups, (wants_input, x is not None, False))
     if wants_input:
-        gx = mix_input(to_input.flatten(2), sum_taps(weight.to(g.dtype)), geometry.groups)
-        gx = gx.view(g.shape[0], geometry.in_channels, *to_input.shape[2:])
-    if x is not None:
-        gw = mix_weight(to_weight.flatten(2), x.to(g.dtype).flatten(2), geometry.groups, factor)
-    return gx, gw
-
-
-def _grid_backward(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
-                   patch_px: int, wants_input: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    n, o, i = g.shape[0], geometry.out_channels, geometry.in_channels // geometry.groups
-    ku, kv = geometry.kernel
-    t = received_grid(g, geometry, patch_px)
-    grid = t.shape[4:]
-    # taps become further channels of the product: (n, o u v, l) with weight (o u v, i)
-    t = t.flatten(4).flatten(1, 3)
-    gx = gw = None
-    if wants_input:
-        gx = mix_input(t, weight.to(g.dtype).permute(0, 2, 3, 1).reshape(o * ku * kv, i), geometry.groups)
-        area = cell_area(geometry.in_hw, input_cell(geometry, patch_px, "grid"))
-        gx = gx.view(n, geometry.in_channels, *grid) / on(area, g)
-    if x is not None:
-        gw = mix_weight(t, x.to(g.dtype).flatten(2), geometry.groups)
-        gw = gw.view(o, ku, kv, i).permute(0, 3, 1, 2).contiguous()
-    return gx, gw
-
-
-def grid_gradients(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
-                   patch_px: int, taps: Taps, wants_input: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """As `grid_backward`, but gw (o i u v) with its taps filled in, in the memory order of the weight."""
-    gx, gw = grid_backward(x, g, weight, geometry, patch_px, taps, wants_input)
-    return gx, spread_taps(gw, weight) if gw is not None and taps == "mean" else gw
+        gx = gx * on(_reciprocal_area(geometry.in_hw, cell_in), g)
+    return gx, None if gw is None else torch.einsum("oide,ud,ve->oiuv", gw, rows, columns)
 
 
 class GradientFilter(LayerMethod):
@@ -193,7 +175,7 @@ class GradientFilter(LayerMethod):
         samples, cell = g.shape[0], input_cell(geometry, self.patch_px, self.taps)
         if self.bases > 1:
             kept, g = None if kept is None else fold_bases(kept), fold_bases(g)
-        gx, gw = grid_gradients(kept, g, weight, geometry, self.patch_px, self.taps, wants_input)
+        gx, gw = grid_backward(kept, g, weight, geometry, self.patch_px, self.taps, wants_input)
         if gx is None:
             return None, gw
         if self.bases > 1:

@@ -37,7 +37,7 @@ from edgetune.hosts.runs import convex_runs
 from edgetune.hosts.schedule import Schedule, schedule
 from edgetune.methods.backward.gradient_filter import (
     GradientFilter,
-    grid_gradients,
+    grid_backward,
     input_cell,
 )
 from edgetune.recognise import MASKS, SMOOTH
@@ -96,4 +96,4 @@ class _Grid:
     """The products of gradient filtering, as the chain's host asks for them."""
 
     input_cell = staticmethod(input_cell)
-    gradients = staticmethod(grid_gradients)
+    gradients = staticmethod(grid_backward)
