@@ -74,7 +74,8 @@ def patch_mean(chosen: random.Random) -> tuple[Any, ...]:
 
 def patch_spread(chosen: random.Random) -> tuple[Any, ...]:
     x, cell = _map(chosen), _cell(chosen)
-    return fallback.patch_mean(x, *cell), *x.shape[2:], *cell, chosen.random() < 0.5
+    v = fallback.patch_mean(x, *cell, by_channel=chosen.random() < 0.5)
+    return v, *x.shape[2:], *cell, chosen.random() < 0.5
 
 
 def mask_pack(chosen: random.Random) -> tuple[Any, ...]:

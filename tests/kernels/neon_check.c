@@ -11,7 +11,7 @@ typedef int64_t I;
     void et_mask_count_##t(const type *, void *, float, float, I, I, I, I, I, I, int, int); \
     void et_bits_count_##t(const uint8_t *, void *, I, I, I, I, I, I, int, int); \
     void et_patch_mean_count_##t(const type *, type *, void *, float, float, I, I, I, I, I, I, int, int); \
-    void et_patch_spread_##t(const type *, type *, I, I, I, I, I, I, int, int); \
+    void et_patch_spread_##t(const type *, type *, I, I, I, I, I, I, int, int, int); \
     void et_mask_pack_##t(const type *, uint8_t *, float, float, I, int); \
     void et_mask_apply_##t(const type *, const uint8_t *, type *, I, int); \
     void et_max_pool_##t(const type *, type *, uint8_t *, const I *, int, int);
@@ -51,7 +51,7 @@ static void check_##t(const type *x, const uint8_t *bits, I n, I c, I h, I w, I 
     uint8_t *bytes = room(); \
     size_t wide = a * b <= 255 ? 1 : 4; \
     et_patch_mean_##t(x, out, n, c, h, w, a, b, last, last, 2); SETTLE_##t(out, cells); show("patch_mean", out, cells * sizeof *out); \
-    et_patch_spread_##t(x, out, n, c, h, w, a, b, last, 2); SETTLE_##t(out, all); show("patch_spread", out, all * sizeof *out); \
+    et_patch_spread_##t(x, out, n, c, h, w, a, b, last, !last, 2); SETTLE_##t(out, all); show("patch_spread", out, all * sizeof *out); \
     et_masked_patch_mean_##t(x, bits, out, n, c, h, w, a, b, last, 2); SETTLE_##t(out, cells); show("masked", out, cells * sizeof *out); \
     et_mask_count_##t(x, bytes, -1, 2, n, c, h, w, a, b, last, 2); show("mask_count", bytes, cells * wide); \
     et_bits_count_##t(bits, bytes, n, c, h, w, a, b, last, 2); show("bits_count", bytes, cells * wide); \

@@ -20,7 +20,7 @@ P, N, B, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # Argument types of every C function, without its last one, the number of threads.
 ARGUMENTS: dict[str, tuple[type, ...]] = {
     "patch_mean": (P, P, N, N, N, N, N, N, B, B),
-    "patch_spread": (P, P, N, N, N, N, N, N, B),
+    "patch_spread": (P, P, N, N, N, N, N, N, B, B),
     "mask_pack": (P, P, F, F, N),
     "mask_apply": (P, P, P, N),
     "mask_count": (P, P, F, F, N, N, N, N, N, N, B),
@@ -71,8 +71,9 @@ def patch_spread(out: Tensor, v: Tensor, h: int, w: int, cell_h: int, cell_w: in
     run = _function("patch_spread", v.dtype)
     if run is None:
         return False
-    v = v.contiguous()
-    run(v.data_ptr(), out.data_ptr(), *out.shape, cell_h, cell_w, channels_last, get_num_threads())
+    by_channel = not v.is_contiguous() and v.transpose(0, 1).is_contiguous()
+    v = v if by_channel else v.contiguous()
+    run(v.data_ptr(), out.data_ptr(), *out.shape, cell_h, cell_w, channels_last, by_channel, get_num_threads())
     return True
 
 

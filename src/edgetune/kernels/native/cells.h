@@ -91,7 +91,7 @@ static void FN(planes_)(const void *job, int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; item++) {
         int64_t top = p * walk->cell_h, rows = least(walk->cell_h, walk->h - top);
         int64_t at = (plane * walk->h + top) * walk->w;
-        int64_t to = plane / walk->c * walk->to_sample + plane % walk->c * walk->to_channel + p * walk->q;
+        int64_t to = cell_row(walk, plane / walk->c, plane % walk->c, p);
         if (++p == walk->p) p = 0, plane++;
         if (wide == 2 || wide == 4) {
             if (wide == 2 && rows == 2) FN(narrow_row_)(walk, at, to, 2, 2);
@@ -139,7 +139,7 @@ static void FN(tile_)(const cells *walk, int64_t image, int64_t p, int64_t q, in
             else FN(cell_row_)(walk, at, columns, channels, tile[k], row == 0);
         }
     for (int64_t j = 0; j < channels; j++) {
-        int64_t to = image * walk->to_sample + (channel + j) * walk->to_channel + p * walk->q + q;
+        int64_t to = cell_row(walk, image, channel + j, p) + q;
         for (int64_t k = 0; k < cells_here; k++) PUT(to + k, tile[k][j], scale[k]);
     }
 }

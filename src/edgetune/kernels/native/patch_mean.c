@@ -10,9 +10,6 @@ void NAME(et_patch_mean)(const element *x, element *out, int64_t n, int64_t c, i
     cells walk = grid(n, c, h, w, cell_h, cell_w);
     walk.x = x;
     walk.out = out;
-    if (by_channel) {
-        walk.to_sample = walk.p * walk.q;
-        walk.to_channel = n * walk.to_sample;
-    }
+    if (by_channel) lay_by_channel(&walk);
     run_patch_mean(&walk, channels_last, elements(&walk) * (int64_t)sizeof *x, threads);
 }

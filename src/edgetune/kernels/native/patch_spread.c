@@ -1,4 +1,5 @@
-/* Every pixel gets its cell's value: v (n c p q) -> out (n c h w). A row is widened once and written cell_h times. */
+/* Every pixel gets its cell's value: v (n c p q), or in memory (c n p q) with by_channel -> out (n c h w). A row is
+ * widened once and written cell_h times. */
 #include "cells_types.h"
 
 enum { SPREAD_TILE = 2048, CACHE_BYTES = 16 << 20 };
@@ -66,7 +67,7 @@ static void spread_planes(const void *job, int64_t begin, int64_t end) {
     int64_t plane = begin / g->p, p = begin % g->p;
     for (int64_t item = begin; item < end; item++) {
         int64_t top = p * g->cell_h, rows = least(g->cell_h, g->h - top);
-        const element *v = (const element *)g->x + item * g->q;
+        const element *v = (const element *)g->x + cell_row(g, plane / g->c, plane % g->c, p);
         element *out = (element *)g->out + (plane * g->h + top) * g->w;
         if (++p == g->p) p = 0, plane++;
         for (int64_t q = 0; q < g->q; q += step) {
@@ -92,7 +93,7 @@ static void spread_tile(const spread *spread, int64_t image, int64_t p, int64_t 
     int64_t top = p * g->cell_h, rows = least(g->cell_h, g->h - top);
     int64_t cells_here = least(TILE_CELLS, g->q - q), channels = least(TILE_CHANNELS, g->c - channel);
     for (int64_t j = 0; j < channels; j++) {
-        const element *v = (const element *)g->x + ((image * g->c + channel + j) * g->p + p) * g->q + q;
+        const element *v = (const element *)g->x + cell_row(g, image, channel + j, p) + q;
         for (int64_t k = 0; k < cells_here; k++) tile[k][j] = v[k];
     }
     int64_t left = q * g->cell_w, right = least(left + cells_here * g->cell_w, g->w);
@@ -114,10 +115,11 @@ static void spread_images(const void *job, int64_t begin, int64_t end) {
 }
 
 void NAME(et_patch_spread)(const element *v, element *out, int64_t n, int64_t c, int64_t h, int64_t w,
-                           int64_t cell_h, int64_t cell_w, int channels_last, int threads) {
+                           int64_t cell_h, int64_t cell_w, int channels_last, int by_channel, int threads) {
     spread job = {.grid = grid(n, c, h, w, cell_h, cell_w)};
     job.grid.x = v;
     job.grid.out = out;
+    if (by_channel) lay_by_channel(&job.grid);
     int64_t bytes = elements(&job.grid) * (int64_t)sizeof *v;
     if (bytes == 0) return;
     job.stream = bytes > CACHE_BYTES;
