@@ -1,8 +1,9 @@
 """Whole training steps: forward, loss, backward and the optimizer's step, plain against the pooled chain.
 
 Plain is stock autograd with the same layers learning and its norms in evaluation, in the memory order (contiguous or
-channels last) in which it is faster; so is the method. Both take the same fused SGD step. The forward pass alone,
-without gradients, is the limit that no backward method can pass. Kept bytes come from saved-tensor hooks, peaks from
+channels last) in which it is faster; so is the method. Both take the same SGD step, fused where weights are
+contiguous: torch's fused one copies others first. The forward pass alone, without gradients, is the limit that no
+backward method can pass. Kept bytes come from saved-tensor hooks, peaks from
 the allocator.
 """
 
@@ -126,8 +127,9 @@ class _Trainee:
         self.model, self.x = model, x
         self.labels = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        fused = all(parameter.is_contiguous() for parameter in learned)
         # a rate of almost nothing: thousands of steps on one batch must not run into infinities
-        self.optimizer = torch.optim.SGD(learned, lr=1e-9, momentum=0.9, fused=True)
+        self.optimizer = torch.optim.SGD(learned, lr=1e-9, momentum=0.9, fused=fused, foreach=False)
 
     def step(self) -> None:
         self.optimizer.zero_grad()

@@ -26,6 +26,10 @@ typedef struct {
 
 static inline int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
+static inline v8 load_part(const float *from, int64_t count) {
+    return count >= 8 ? v8_load(from) : part_load(from, (int)count);
+}
+
 /* sums (group, panel of i, o, ROWS): what the rows of gx are met with, zero where a panel is short. */
 static inline float *panel_of(const products *p, int64_t group, int64_t i) {
     return p->sums + ((group * parts(p->i, ROWS) + i / ROWS) * p->o) * ROWS;
@@ -52,6 +56,17 @@ static inline void sum_row(const products *p, int64_t row, int64_t taps, int64_t
     }
 }
 
+/* The same of a weight whose input channels lie side by side. */
+static void sum_row_of_channels(const products *p, int64_t row) {
+    const float *w = p->w + row * p->w_o;
+    for (int64_t i = 0; i < p->i; i += ROWS) {
+        float *to = panel_of(p, row / p->o, i) + row % p->o * ROWS;
+        v8 sum = v8_all(0);
+        for (int64_t t = 0; t < p->taps; t++) sum = v8_add(sum, load_part(w + i + t * p->w_t, least(ROWS, p->i - i)));
+        part_store(to, sum, ROWS);
+    }
+}
+
 /* With the number of taps constant the compiler unrolls the sum. Items are output channels. */
 static void sum_taps(const void *job, int64_t begin, int64_t end) {
     const products *p = job;
@@ -59,6 +74,7 @@ static void sum_taps(const void *job, int64_t begin, int64_t end) {
         if (p->taps == 1) sum_row(p, row, 1, p->w_i, 1);
         else if (p->taps == 9 && p->w_t == 1) sum_row(p, row, 9, 9, 1);
         else if (p->taps == 25 && p->w_t == 1) sum_row(p, row, 25, 25, 1);
+        else if (p->w_i == 1) sum_row_of_channels(p, row);
         else sum_row(p, row, p->taps, p->w_i, p->w_t);
     }
 }
@@ -131,10 +147,6 @@ static void input_panels(const void *job, int64_t begin, int64_t end) {
     }
 }
 
-static inline v8 load_part(const float *from, int64_t count) {
-    return count >= 8 ? v8_load(from) : part_load(from, (int)count);
-}
-
 /* b (depth 16): 16 rows of x turned to columns, times n; zero beyond the last row. */
 static void ready_rows(const products *p, const float *x, int64_t rows, int64_t first, int64_t depth, float *b) {
     for (int64_t k = 0; k < depth; k += 8) {
@@ -162,7 +174,7 @@ static const int32_t NINEFOLD[9][8] = {
     {2, 2, 2, 3, 3, 3, 3, 3}, {3, 3, 3, 3, 4, 4, 4, 4}, {4, 4, 4, 4, 4, 5, 5, 5},
     {5, 5, 5, 5, 5, 5, 6, 6}, {6, 6, 6, 6, 6, 6, 6, 7}, {7, 7, 7, 7, 7, 7, 7, 7}};
 
-/* One row of a tile to its place, or to all of its taps. */
+/* One row of a tile to its place and to all of its taps; to the first alone where input channels lie side by side. */
 static void put_pairs(const products *p, float *to, const float *row, int64_t count) {
     if (p->gw_i == 9 && p->copies == 9 && count == COLUMNS) {
         for (int half = 0; half < 2; half++) {
@@ -171,7 +183,7 @@ static void put_pairs(const products *p, float *to, const float *row, int64_t co
                 v8_store(to + 72 * half + 8 * part, v8_pick(eight, NINEFOLD[part]));
         }
     } else if (p->gw_i == 1) {
-        for (int64_t t = 0; t < p->copies; t++) memcpy(to + t * p->gw_t, row, (size_t)count * sizeof *row);
+        memcpy(to, row, (size_t)count * sizeof *row);
     } else {
         for (int64_t c = 0; c < count; c++)
             for (int64_t t = 0; t < p->copies; t++) to[c * p->gw_i + t * p->gw_t] = row[c];
@@ -217,6 +229,15 @@ static void weight_panels(const void *job, int64_t begin, int64_t end) {
     int64_t panels = parts(p->i, COLUMNS), blocks = parts(p->o, TILE_ROWS);
     for (int64_t item = begin; item < end; item++)
         weight_tile(p, item / blocks / panels, item / blocks % panels * COLUMNS, item % blocks * TILE_ROWS, tile, b);
+}
+
+/* The first tap's values to the others, whole rows at a time. Items are output channels. */
+static void copy_taps(const void *job, int64_t begin, int64_t end) {
+    const products *p = job;
+    for (int64_t o = begin; o < end; o++) {
+        float *first = p->gw + o * p->gw_o;
+        for (int64_t t = 1; t < p->copies; t++) memcpy(first + t * p->gw_t, first, (size_t)p->i * sizeof *first);
+    }
 }
 
 /* One input channel a group: a sum of few rows, and dot products. Items are groups. */
@@ -275,4 +296,6 @@ void et_grid_products_f32(const float *g, const float *m, const float *n, const 
     }
     if (gw) et_parallel(weight_panels, &p, p.groups * parts(p.i, COLUMNS) * parts(p.o, TILE_ROWS),
                         macs / MACS_PER_BYTE, threads);
+    if (gw && p.gw_i == 1 && p.copies > 1)
+        et_parallel(copy_taps, &p, rows, rows * p.i * p.copies * (int64_t)sizeof *gw, threads);
 }
