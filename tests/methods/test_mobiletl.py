@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import edgetune as et
-from edgetune.contract import Plan, one_call
+from edgetune.contract import Method, Plan, one_call
 from edgetune.errors import PlanError
 from edgetune.graph import Call
 from edgetune.hosts.gated import GatedConvRule
@@ -210,7 +210,7 @@ def test_two_bits_follow_the_gradient_closer_than_one() -> None:
     model.eval()
     graph = et.trace(model, x)
 
-    def gradient(method: Exact) -> torch.Tensor:
+    def gradient(method: Method) -> torch.Tensor:
         undo = et.apply(model, last_layers(graph, None, method))
         F.cross_entropy(model(x), torch.arange(4)).backward()
         flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

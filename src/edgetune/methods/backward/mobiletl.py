@@ -41,12 +41,13 @@ import torch
 import torch.nn.functional as F
 
 from edgetune import kernels
-from edgetune.contract import Needs, Plan, Segment, Tensors, one_call
+from edgetune.contract import LayerMethod, Needs, Plan, Segment, Tensors, one_call
 from edgetune.errors import PlanError
 from edgetune.graph import Call, Graph
 from edgetune.hosts.gated import gated_conv
 from edgetune.hosts.grid import order
 from edgetune.methods.backward.exact import Exact
+from edgetune.overlap import ConvGeometry
 
 THRESHOLD = 0.965
 """Where the two-bit slope steps, on either side of zero."""
@@ -102,12 +103,21 @@ class HardswishRule:
         return ((gy / 2).sub_(distance).add_(upper, alpha=2),), {}
 
 
-class MobileTL(Exact):
+class MobileTL(LayerMethod):
     """Convolutions exact; `hardswish_bits` bits an element for the slope of hard-swish: 1 (published) or 2."""
 
     method = "mobiletl"
 
     hardswish_bits: Literal[1, 2] = 2
+
+    def refuse(self, call: Call) -> str | None:
+        return None if call.kind == "conv" else f"is a {call.kind} layer, not a convolution: leave it exact"
+
+    def grad_input(self, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+        return Exact().grad_input(g, weight, geometry)
+
+    def grad_weight(self, kept: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+        return Exact().grad_weight(kept, g, geometry)
 
     @classmethod
     def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
