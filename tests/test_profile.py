@@ -52,6 +52,16 @@ def test_kept_bytes_and_products_are_predicted_to_the_byte(name: str, method: st
     assert predicted.kept_bytes > 0 < predicted.backward_macs
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_chain_keeps_for_scales_is_predicted_to_the_byte(name: str) -> None:
+    model, x = load_model(name, num_classes=10), torch.randn(2, 3, 64, 64)
+    graph = trace(model, x[:1])
+    shifts, scales = (profile(model, x, last_layers(graph, None, PooledChain(), scales=own)) for own in (False, True))
+    predicted, measured = both(model, x, last_layers(graph, None, PooledChain(), scales=True))
+    assert predicted.layers == measured.layers == scales.layers
+    assert shifts.kept_bytes < predicted.kept_bytes == measured.kept_bytes
+
+
 @pytest.mark.parametrize("batch, px", [(1, 224), (8, 128), (32, 128)], ids=lambda v: str(v))
 @pytest.mark.parametrize("method", ["plain", "chain_4_grid"])
 @pytest.mark.parametrize("name", MODELS)

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import edgetune as et
-from edgetune.contract import Method, Plan
+from edgetune.contract import Method, Needs, Plan
+from edgetune.hosts.chain import ChainRule
+from edgetune.hosts.schedule import Schedule
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.gradient_filter import GradientFilter
 from edgetune.methods.backward.pooled_chain import PooledChain
@@ -17,12 +19,13 @@ from nets import NETS, scramble
 Gradients = dict[str, torch.Tensor]
 
 
-def everything(graph: et.Graph, method: Method) -> Plan:
-    """All convolutions by one method, all shifts and heads learn."""
+def everything(graph: et.Graph, method: Method, scales: bool = False) -> Plan:
+    """All convolutions by one method, all shifts and heads learn, and with `scales` the norms' scales."""
     layers = {call.name: (method,) for call in graph.layers("conv")}
     learns = {call.name: tuple(role for role in call.params if role in ("weight", "bias"))
               for call in graph.layers("conv", "linear")}
-    learns |= {call.name: ("bias",) for call in graph.layers("norm") if "bias" in call.params}
+    roles = ("weight", "bias") if scales else ("bias",)
+    learns |= {call.name: tuple(role for role in roles if role in call.params) for call in graph.layers("norm")}
     return Plan(input_shape=graph.input_shape, layers=layers, learns=learns)
 
 
@@ -61,12 +64,15 @@ def net(request: pytest.FixtureRequest) -> tuple[nn.Module, torch.Tensor]:
     return model, torch.randn(2, 3, *size, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("scales", [False, True], ids=["shifts", "scales"])
 @pytest.mark.parametrize(("patch_px", "taps"), [(2, "mean"), (4, "mean"), (3, "grid")])
-def test_chain_equals_layer_by_layer(net: tuple[nn.Module, torch.Tensor], patch_px: int, taps: str) -> None:
+def test_chain_equals_layer_by_layer(net: tuple[nn.Module, torch.Tensor], patch_px: int, taps: str,
+                                     scales: bool) -> None:
     model, x = net
     graph = et.trace(model, x)
-    y, expected, gx, _ = run(model, x, everything(graph, GradientFilter(patch_px=patch_px, taps=taps)))
-    y_chain, found, gx_chain, _ = run(model, x, everything(graph, PooledChain(patch_px=patch_px, taps=taps)))
+    filtered, chain = (kind(patch_px=patch_px, taps=taps) for kind in (GradientFilter, PooledChain))
+    y, expected, gx, _ = run(model, x, everything(graph, filtered, scales))
+    y_chain, found, gx_chain, _ = run(model, x, everything(graph, chain, scales))
     assert torch.equal(y, y_chain)
     close(found, expected)
     assert torch.allclose(gx, gx_chain, rtol=1e-9, atol=1e-9 * float(gx.abs().max()))
@@ -78,7 +84,7 @@ def test_chain_equals_layer_by_layer(net: tuple[nn.Module, torch.Tensor], patch_
 def test_hosts_on_single_pixels_equal_autograd(net: tuple[nn.Module, torch.Tensor], method: Method) -> None:
     model, x = net
     y, expected, gx, _ = run(model, x, None)
-    plan = everything(et.trace(model, x), method)
+    plan = everything(et.trace(model, x), method, scales=True)
     y_host, found, gx_host, _ = run(model, x, plan)
     assert torch.equal(y, y_host)
     close(found, {name: expected[name] for name in plan.learned()})
@@ -91,7 +97,7 @@ def test_mixed_patches_and_exact_layers_equal_layer_by_layer(net: tuple[nn.Modul
 
     def mixed(kind: type[GradientFilter]) -> Plan:
         choices = [kind(patch_px=2), kind(patch_px=4), Exact(), kind(patch_px=7), kind(patch_px=2, taps="grid")]
-        plan = everything(graph, Exact())
+        plan = everything(graph, Exact(), scales=True)
         return plan.model_copy(update={"layers": {name: (choices[i % 5],) for i, name in enumerate(plan.layers)}})
 
     _, expected, _, _ = run(model, x, mixed(GradientFilter))
@@ -104,14 +110,13 @@ def test_runs_span_whole_networks() -> None:
     for name, spans in (("mobilenet_v2", 1), ("resnet18", 2)):
         model = load_model(name, num_classes=5)
         graph = et.trace(model, torch.zeros(1, 3, 64, 64))
-        segments = PooledChain.claim(graph, everything(graph, PooledChain()))
+        segments = PooledChain.claim(graph, everything(graph, PooledChain(), scales=True))
         assert len(segments) == spans
         assert {c.node for c in graph.layers("conv")} <= {c.node for s in segments for c in s.calls}
 
 
 def test_masks_after_an_add_are_not_averaged_one_by_one() -> None:
     """Projecting at every ReLU of an identity run gives another gradient: the AND-ed bits are needed."""
-    from edgetune.hosts.chain import ChainRule
     model = scramble(NETS["Residual"]()).double()
     graph = et.trace(model, torch.zeros(2, 3, 22, 19, dtype=torch.float64))
     (segment,) = PooledChain.claim(graph, everything(graph, PooledChain(patch_px=4)))
@@ -120,3 +125,64 @@ def test_masks_after_an_add_are_not_averaged_one_by_one() -> None:
     assert len(after_adds) == 3 and not after_adds & segment.rule.schedule.counted.keys()
     between = {c.node for c in graph.layers("activation")} - after_adds
     assert between & segment.rule.schedule.counted.keys()
+
+
+def scales_schedule(name: str, patch_px: int = 2) -> tuple[et.Graph, Schedule]:
+    model = load_model(name, num_classes=5)
+    graph = et.trace(model, torch.zeros(1, 3, 64, 64))
+    segments = PooledChain.claim(graph, everything(graph, PooledChain(patch_px=patch_px), scales=True))
+    assert isinstance(segments[-1].rule, ChainRule)
+    return graph, segments[-1].rule.schedule
+
+
+def test_scales_are_read_on_cells_behind_the_activation() -> None:
+    """No norm of the MobileNets keeps its full input: bottlenecks are read at the norm, others behind activations."""
+    for name, functions in (("mobilenet_v2", {"relu6"}), ("mobilenet_v3_small", {"relu", "hardswish"})):
+        graph, made = scales_schedule(name)
+        assert made.moments.keys() == {call.node for call in graph.layers("norm")}
+        assert all(moment.cell[0] >= 2 <= moment.cell[1] for moment in made.moments.values())
+        behind = {m.reader.function for m in made.moments.values() if m.reader != m.norm}
+        assert behind == functions
+        assert all((graph[m.norm.consumers[0]].kind == "activation") == (m.reader != m.norm)
+                   for m in made.moments.values())
+
+
+def test_scales_before_an_add_and_relu_keep_the_full_input() -> None:
+    graph, made = scales_schedule("resnet18")
+    for moment in made.moments.values():
+        before_add = graph[moment.norm.consumers[0]].kind == "add"
+        assert (moment.cell == (1, 1)) == before_add
+
+
+@pytest.mark.parametrize("name", ["Inverted", "Residual"])
+def test_scales_of_nought_and_other_map_sizes(name: str) -> None:
+    """What is kept does not go through a division by the scale, and fits a map that was not the traced one."""
+    torch.manual_seed(4)
+    model = scramble(NETS[name]()).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data[::2] = 0
+    graph = et.trace(model, torch.zeros(1, 3, 22, 19, dtype=torch.float64))
+    x = torch.randn(3, 3, 37, 26, dtype=torch.float64)
+    _, expected, _, _ = run(model, x, everything(graph, GradientFilter(patch_px=4), scales=True))
+    _, found, _, _ = run(model, x, everything(graph, PooledChain(patch_px=4), scales=True))
+    close(found, expected)
+
+
+def test_frozen_scales_keep_nothing() -> None:
+    model = scramble(NETS["Inverted"]())
+    x = torch.randn(2, 3, 22, 19)
+    graph = et.trace(model, x)
+    own = everything(graph, PooledChain(), scales=True)
+    one = own.model_copy(update={"learns": {name: ("bias",) if graph_norm(graph, name) and name != "depth.1" else roles
+                                            for name, roles in own.learns.items()}})
+    (segment,) = PooledChain.claim(graph, one)
+    params = {name: value for name, value in model.state_dict().items()}
+    needs = Needs((False,) * len(segment.inputs), one.learned())
+    _, kept = segment.rule.forward(segment, [x], params, needs)
+    assert [name for name in kept if name.startswith("moment:")] == ["moment:depth_1"]
+    assert kept["moment:depth_1"].shape == (2, 12, 6, 5)
+
+
+def graph_norm(graph: et.Graph, name: str) -> bool:
+    return any(call.name == name for call in graph.layers("norm"))

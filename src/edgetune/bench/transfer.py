@@ -5,7 +5,7 @@ seeds). Within a fold every method starts from the same weights and sees the sam
 is chosen on plain back-propagation, on a part held out of the first fold's training photos, for every method.
 
 "plain" is stock autograd with norms in eval: weights, norm scales and norm shifts learn. Filtered rows learn
-weights and shifts; "plain, shifts only" tells what the scales alone are worth.
+weights and shifts, and those "with scales" the scales too; "plain, shifts only" tells what the scales alone are worth.
 """
 
 from __future__ import annotations
@@ -50,15 +50,16 @@ class Options(Record):
     methods: tuple[str, ...] | None = None
 
 
-def everywhere(method: Method) -> Callable[[Graph], Plan]:
-    """Every convolution by `method`; weights, shifts and the head learn."""
-    return lambda graph: last_layers(graph, None, method)
+def everywhere(method: Method, scales: bool = False) -> Callable[[Graph], Plan]:
+    """Every convolution by `method`; weights, shifts and the head learn, and with `scales` the norms' scales too."""
+    return lambda graph: last_layers(graph, None, method, scales=scales)
 
 
-def chain(patch_px: int, taps: str = "mean") -> Arm:
+def chain(patch_px: int, taps: str = "mean", scales: bool = False) -> Arm:
     """The pooled chain in every layer."""
     method = PooledChain.model_validate({"patch_px": patch_px, "taps": taps})
-    return Arm("pooled chain", everywhere(method), patch_px, taps, scales=False)
+    name = "pooled chain" + (", with scales" if scales else "")
+    return Arm(name, everywhere(method, scales), patch_px, taps, scales=scales)
 
 
 def with_bases(patch_px: int, bases: int) -> Arm:
@@ -119,6 +120,8 @@ GRID: tuple[tuple[Case, Arm], ...] = (
     *((CIFAR, arm) for arm in (chain(2, "grid"), chain(4), published(2), SHIFTS)),
     *((LAST4, arm) for arm in _LAST[4:]),
     *((LAST2, arm) for arm in (PLAIN, chain(2), chain(4), chain(2, "grid"), published(2), chain(7))),
+    *((case, chain(patch_px, scales=True)) for case in (LAST4, ALL) for patch_px in (2, 4)),
+    (ALL, exact_tail(2, 4, scales=True)),
 )
 """The default grid, the deciding rows first."""
 

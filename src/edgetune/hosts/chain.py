@@ -17,9 +17,9 @@ from edgetune.hosts.conv import convolve
 from edgetune.hosts.cursor import working_on
 from edgetune.hosts.grid import (
     PIXEL,
-    Cell,
     Term,
     cell_area,
+    channel_sums,
     mask,
     merge,
     on,
@@ -28,6 +28,7 @@ from edgetune.hosts.grid import (
     scale,
     spread,
 )
+from edgetune.hosts.moments import keep_moment, learn_moment
 from edgetune.hosts.pointwise import activate, norm_scale, normalise, per_channel, slope
 from edgetune.hosts.schedule import ConvSettings, GridProducts, Schedule
 from edgetune.recognise import MASKS
@@ -163,7 +164,7 @@ def _conv_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[st
     name, bias = call.params["weight"], call.params.get("bias", "")
     weight = state.params[name]
     if bias in state.needs.params:
-        state.add_grad(bias, _channel_sums(g, hw, cell).to(weight.dtype))
+        state.add_grad(bias, channel_sums(g, hw, cell).to(weight.dtype))
     cell_in = rule.grid.input_cell(geometry, own.patch_px, own.taps)
     key = f"mean:{call.inputs[0]}:{cell_in[0]}x{cell_in[1]}"
     x = state.kept[key] if name in state.needs.params else None
@@ -173,18 +174,25 @@ def _conv_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[st
     return [[] if gx is None else [Term(gx, cell_in)]]
 
 
-def _channel_sums(g: torch.Tensor, hw: tuple[int, int], cell: Cell) -> torch.Tensor:
-    """(n c p q) -> (c): sums over samples and pixels of what the patch means stand for."""
-    return (g.sum(0) * on(cell_area(hw, cell), g)).sum((1, 2))
-
-
 def _norm(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) -> torch.Tensor:
-    return normalise(call, given[0], state.params)
+    y = normalise(call, given[0], state.params)
+    if call.params.get("weight", "") in state.needs.params:
+        state.kept[f"moment:{call.node}"] = keep_moment(rule.schedule.moments[call.node], given[0], y, state.params)
+    return y
+
+
+def _learn_scale(rule: ChainRule, norm: str, at: Call, terms: list[Term], hw: tuple[int, int], state: _Pass) -> None:
+    """The gradient of a norm's scale, if the schedule reads it at this call's output."""
+    moment = rule.schedule.moments.get(norm)
+    if moment is not None and moment.reader.node == at.node and moment.weight in state.needs.params:
+        grad = learn_moment(moment, state.kept[f"moment:{norm}"], terms, hw, state.last, state.params)
+        state.add_grad(moment.weight, grad.to(state.params[moment.weight].dtype))
 
 
 def _norm_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[str, tuple[int, int]],
                state: _Pass) -> list[list[Term]]:
     hw, bias = sizes[call.node], call.params.get("bias", "")
+    _learn_scale(rule, call.node, call, terms, hw, state)
     cell = rule.schedule.cells.get(call.inputs[0])
     if cell is not None:
         value = project(terms, hw, cell)
@@ -194,7 +202,7 @@ def _norm_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[st
         at = cell or terms[0].cell
         value = project(terms, hw, at)
         assert value is not None
-        state.add_grad(bias, _channel_sums(value.to(state.params[bias].dtype), hw, at))
+        state.add_grad(bias, channel_sums(value.to(state.params[bias].dtype), hw, at))
     return [scale(terms, per_channel(norm_scale(call, state.params)))]
 
 
@@ -217,6 +225,7 @@ def _activation(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _
 def _activation_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[str, tuple[int, int]],
                      state: _Pass) -> list[list[Term]]:
     cell, hw = rule.schedule.counted.get(call.node), sizes[call.node]
+    _learn_scale(rule, call.inputs[0], call, terms, hw, state)
     if cell is None:
         return [mask(terms, state.kept[f"bits:{call.node}"], state.last)]
     g = project(terms, hw, cell)

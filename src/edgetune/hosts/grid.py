@@ -104,6 +104,11 @@ def _project_one(term: Term, hw: tuple[int, int], cell: Cell) -> torch.Tensor:
     return kernels.masked_patch_mean(spread_value(term.value, hw, term.cell, term.last), term.bits, *cell)
 
 
+def channel_sums(means: torch.Tensor, hw: tuple[int, int], cell: Cell) -> torch.Tensor:
+    """(n c p q) -> (c): sums over samples and pixels of what the means over cells stand for."""
+    return (means.sum(0) * on(cell_area(hw, cell), means)).sum((1, 2))
+
+
 def order(last: bool) -> torch.memory_format:
     """The memory order of a full map."""
     return torch.channels_last if last else torch.contiguous_format

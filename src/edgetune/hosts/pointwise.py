@@ -33,10 +33,21 @@ def eps(call: Call) -> float:
     return float(call.attributes["eps"] or 0.0)
 
 
+def inverse_deviation(call: Call, params: Tensors) -> torch.Tensor:
+    """1 / sqrt(running variance + eps), (c)."""
+    return (params[call.params["running_var"]] + eps(call)).rsqrt()
+
+
 def norm_scale(call: Call, params: Tensors) -> torch.Tensor:
     """What a frozen norm multiplies each channel by, (c)."""
-    scale = (params[call.params["running_var"]] + eps(call)).rsqrt()
+    scale = inverse_deviation(call, params)
     return scale * params[call.params["weight"]] if "weight" in call.params else scale
+
+
+def scale_gradient(call: Call, g: torch.Tensor, x: torch.Tensor, params: Tensors) -> torch.Tensor:
+    """(c): the gradient of a frozen norm's scale, from that of its output, g, and its input x, both (n c h w)."""
+    centred = x - per_channel(params[call.params["running_mean"]])
+    return (g * centred).sum((0, 2, 3), dtype=params[call.params["weight"]].dtype) * inverse_deviation(call, params)
 
 
 def per_channel(values: torch.Tensor) -> torch.Tensor:
@@ -69,9 +80,7 @@ class NormRule:
         if bias in needs.params:
             grads[bias] = gy.sum((0, 2, 3), dtype=params[bias].dtype)
         if weight in needs.params:
-            inverse = (params[call.params["running_var"]] + eps(call)).rsqrt()
-            centred = kept["x"] - per_channel(params[call.params["running_mean"]])
-            grads[weight] = (gy * centred).sum((0, 2, 3), dtype=params[weight].dtype) * inverse
+            grads[weight] = scale_gradient(call, gy, kept["x"], params)
         gx = gy * per_channel(norm_scale(call, params)).to(gy.dtype) if needs.inputs[0] else None
         return (gx,), grads
 

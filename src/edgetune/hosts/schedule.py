@@ -2,10 +2,13 @@
 
 Walking the run backward shows how each gradient arrives: constant on which cells, masked by bits or not. An
 activation whose gradient arrives constant and is projected at once keeps its open counts a patch; others keep bits.
+A norm whose scale learns keeps its normalised input by the same walk: its means over the cells on which the gradient
+is constant, behind the activation if there is one; or all of it where bits mask the gradient.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,12 +42,28 @@ class GridProducts(Protocol):
 
 
 @dataclass(frozen=True)
+class Moment:
+    """How the scale of `norm` learns: from the gradient at the output of `reader` (the norm itself, or the activation
+    right behind it) on `cell`; one pixel stands for the full map."""
+
+    norm: Call
+    reader: Call
+    cell: Cell
+
+    @property
+    def weight(self) -> str:
+        """The scale's qualified name."""
+        return self.norm.params["weight"]
+
+
+@dataclass(frozen=True)
 class Schedule:
     """`cells`: where a value's gradient is projected; `counted`: activations and gates kept on these cells;
-    `refused`: calls that cannot be part of the run."""
+    `moments`: how each norm's scale learns, if it does; `refused`: calls that cannot be part of the run."""
 
     cells: Mapping[str, Cell]
     counted: Mapping[str, Cell]
+    moments: Mapping[str, Moment]
     refused: frozenset[str]
 
 
@@ -56,6 +75,7 @@ def schedule(graph: Graph, run: tuple[Call, ...], settings: Mapping[str, ConvSet
     flows: dict[str, list[Flow]] = {call.node: [(PIXEL, False)] for call in run
                                     if any(reader not in inside for reader in call.consumers)}
     counted: dict[str, Cell] = {}
+    moments: dict[str, Moment] = {}
     refused: set[str] = set()
     for call in reversed(run):
         arriving = flows.get(call.node, [])
@@ -63,9 +83,11 @@ def schedule(graph: Graph, run: tuple[Call, ...], settings: Mapping[str, ConvSet
             counted[call.node] = cell
         elif call.kind == "scale" or (call.kind == "activation" and call.function not in MASKS):
             refused.add(call.node)
+        elif call.kind == "norm" and "weight" in call.params:
+            moments[call.node] = _moment(call, _reader(call, graph, inside), flows)
         for node, flow in zip(call.inputs, _leaving(call, arriving, cells, counted, settings, grid), strict=True):
             flows.setdefault(node, []).extend(flow)
-    return Schedule(cells, counted, frozenset(refused))
+    return Schedule(cells, counted, moments, frozenset(refused))
 
 
 def _counting_cell(call: Call, arriving: list[Flow], cells: Mapping[str, Cell]) -> Cell | None:
@@ -96,6 +118,30 @@ def _leaving(call: Call, arriving: list[Flow], cells: Mapping[str, Cell], counte
         cell = counted.get(call.node)
         return [[(c, True) for c, _ in arriving] if cell is None else [(cell, False)]]
     return [arriving] * len(call.inputs)
+
+
+def _reader(norm: Call, graph: Graph, inside: set[str]) -> Call:
+    """The activation that alone reads a norm, if the run has it; else the norm."""
+    if len(norm.consumers) == 1 and norm.consumers[0] in inside:
+        behind = graph[norm.consumers[0]]
+        return behind if behind.kind == "activation" else norm
+    return norm
+
+
+def _moment(norm: Call, reader: Call, flows: Mapping[str, list[Flow]]) -> Moment:
+    """Where nothing masks the gradient behind `reader`, the means over common cells are enough for a norm's scale."""
+    arriving = flows.get(reader.node, [])
+    if any(masked for _, masked in arriving):
+        # masks multiply over later activations, and are known only when all of these have run
+        return Moment(norm, norm, PIXEL)
+    rows, columns = (_common([cell[axis] for cell, _ in arriving], _map_size(reader)[axis]) for axis in (0, 1))
+    return Moment(norm, norm if (rows, columns) == PIXEL else reader, (rows, columns))
+
+
+def _common(sides: list[int], size: int) -> int:
+    """The longest cell side that fits into all of `sides`; sides as long as the map fit any."""
+    shorter = [side for side in sides if side < size]
+    return math.gcd(*shorter) if shorter else min(sides, default=1)
 
 
 def _map_size(call: Call) -> tuple[int, int]:

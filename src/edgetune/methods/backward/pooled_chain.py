@@ -1,10 +1,10 @@
 """The pooled chain: gradient filtering that never leaves the patch grid.
 
 What it does
-    Gradient filtering of whole runs of convolution, frozen-affine norm, activation, residual add, global mean and
-    squeeze-excite gate. Between two convolutions the gradient is not spread to a full map and averaged again: it
-    stays one value a patch, and an activation multiplies it by the share of its patch that is open. The result
-    equals that of `gradient_filter` layer by layer.
+    Gradient filtering of whole runs of convolution, norm with frozen statistics, activation, residual add, global
+    mean and squeeze-excite gate. Between two convolutions the gradient is not spread to a full map and averaged
+    again: it stays one value a patch, and an activation multiplies it by the share of its patch that is open. Shifts
+    and scales of the norms learn inside. The result equals that of `gradient_filter` layer by layer.
 
 Shapes
     x (n c h w); on the grid every gradient is (n c ceil(h/cell) ceil(w/cell)), cell = patch_px times the strides above
@@ -12,7 +12,8 @@ Shapes
 What is kept (bytes)
     Patch means of each learning convolution's input (4 n c p q, shared by convolutions that read the same map), and
     of each activation either an open count a patch (1 byte each) or one bit a value, whichever is smaller; after a
-    residual add always the bits. Norms and adds keep nothing.
+    residual add always the bits. Adds keep nothing, and norms nothing unless their scale learns: then the means over
+    cells of mask times normalised input (4 n c p q), or, where a ReLU after an add masks the gradient, 4 n c h w.
 
 What changes in the gradient or the answer
     The forward pass does not change. Gradients equal those of gradient_filter on every layer of the run, to float
@@ -20,8 +21,8 @@ What changes in the gradient or the answer
     patch, because the mean of a product of masks is not the product of their means.
 
 When not to use
-    Where a norm's scale learns (its gradient needs the full map): such a norm ends the run. Max-pooling and
-    concatenation end it too; those layers fall back to gradient filtering, layer by layer.
+    Max-pooling and concatenation end a run; those layers fall back to gradient filtering, layer by layer. Scales cost
+    little on cells (MobileNets), and much in networks with a ReLU after the add (ResNets): there let shifts learn.
 
 Reference
     Derived here from Yang et al., "Efficient On-device Training via Gradient Filtering", CVPR 2023; see
@@ -58,7 +59,7 @@ class PooledChain(GradientFilter):
         """The longest convex runs of calls that can go backward on the grid."""
         settings = {call.node: own for call in graph.layers("conv")
                     if isinstance(own := plan.settings(call.name, cls), cls) and call.followed}
-        eligible = {call.node for call in graph.calls if call.node in settings or _passes(call, graph, plan)}
+        eligible = {call.node for call in graph.calls if call.node in settings or _passes(call, graph)}
         segments: list[Segment] = []
         while True:
             runs = convex_runs(graph, eligible, anchors=set(settings))
@@ -72,15 +73,13 @@ class PooledChain(GradientFilter):
         return segments
 
 
-def _passes(call: Call, graph: Graph, plan: Plan) -> bool:
-    """Whether a call without weights of its own lets a grid gradient through."""
+def _passes(call: Call, graph: Graph) -> bool:
+    """Whether a call lets a grid gradient through."""
     if not call.followed or graph.overwrites_for_others(call):
         return False
-    if call.kind == "norm":
-        return f"{call.params.get('weight', '')}" not in plan.learned()
     if call.kind == "activation":
         return call.function in MASKS or call.function in SMOOTH
-    return call.kind in ("add", "mean", "scale", "identity") and len(call.out_shape) in (2, 4)
+    return call.kind in ("norm", "add", "mean", "scale", "identity") and len(call.out_shape) in (2, 4)
 
 
 def _segment(graph: Graph, run: tuple[Call, ...], made: Schedule, settings: dict[str, PooledChain]) -> Segment:
