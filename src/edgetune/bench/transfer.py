@@ -118,10 +118,11 @@ GRID: tuple[tuple[Case, Arm], ...] = (
     *((LAST4, arm) for arm in _LAST[:4]),
     *((ALL, arm) for arm in (published(2), chain(2, "grid"), SHIFTS)),
     *((CIFAR, arm) for arm in (chain(2, "grid"), chain(4), published(2), SHIFTS)),
-    *((LAST4, arm) for arm in _LAST[4:]),
-    *((LAST2, arm) for arm in (PLAIN, chain(2), chain(4), chain(2, "grid"), published(2), chain(7))),
-    *((case, chain(patch_px, scales=True)) for case in (LAST4, ALL) for patch_px in (2, 4)),
+    *((case, chain(2, scales=True)) for case in (LAST4, ALL)),
     (ALL, exact_tail(2, 4, scales=True)),
+    *((LAST4, arm) for arm in _LAST[4:]),
+    *((case, chain(4, scales=True)) for case in (LAST4, ALL)),
+    *((LAST2, arm) for arm in (PLAIN, chain(2), chain(4), chain(2, "grid"), published(2), chain(7))),
 )
 """The default grid, the deciding rows first."""
 
