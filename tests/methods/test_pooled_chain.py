@@ -215,3 +215,31 @@ def test_a_chain_with_scales_does_not_mind_the_memory_order() -> None:
 
 def graph_norm(graph: et.Graph, name: str) -> bool:
     return any(call.name == name for call in graph.layers("norm"))
+
+
+class Between(nn.Module):
+    """An identity between norm and activation, two norms in a row, an activation without a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.a_norm, self.a_drop, self.a_act = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Identity(), nn.SiLU()
+        self.b, self.b_one, self.b_two = nn.Conv2d(6, 4, 3, 2), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.c, self.c_act, self.c_norm = nn.Conv2d(4, 4, 1), nn.Hardswish(), nn.BatchNorm2d(4)
+        self.d, self.d_one, self.d_two = nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a_act(self.a_drop(self.a_norm(self.a(x))))
+        x = torch.relu(self.b_two(self.b_one(self.b(x))))
+        x = self.c_norm(self.c_act(self.c(x)))
+        return self.d_two(self.d_one(self.d(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize("patch_px", [2, 3, 4])
+def test_what_stands_between_convolutions_may_come_in_any_order(patch_px: int) -> None:
+    torch.manual_seed(8)
+    model, x = scramble(Between()).double(), torch.randn(2, 3, 23, 18, dtype=torch.float64)
+    graph = et.trace(model, x)
+    _, expected, _, _ = run(model, x, everything(graph, GradientFilter(patch_px=patch_px), scales=True))
+    _, found, _, names = run(model, x, everything(graph, PooledChain(patch_px=patch_px), scales=True))
+    close(found, expected)
+    assert names == ["a ... mean"]  # one run

@@ -152,10 +152,10 @@ def _norm(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) 
     return y
 
 
-def _learn_scale(rule: ChainRule, norm: str, at: Call, terms: list[Term], hw: tuple[int, int], state: _Pass) -> None:
+def _learn_scale(rule: ChainRule, call: Call, terms: list[Term], hw: tuple[int, int], state: _Pass) -> None:
     """The gradient of a norm's scale, if the schedule reads it at this call's output."""
-    moment = rule.schedule.moments.get(norm)
-    if moment is not None and moment.reader.node == at.node and moment.weight in state.needs.params:
+    moment = rule.schedule.read.get(call.node)
+    if moment is not None and moment.weight in state.needs.params:
         grad = learn_moment(moment, state.kept, terms, hw, state.last, state.params)
         state.add_grad(moment.weight, grad.to(state.params[moment.weight].dtype))
 
@@ -163,7 +163,7 @@ def _learn_scale(rule: ChainRule, norm: str, at: Call, terms: list[Term], hw: tu
 def _norm_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[str, tuple[int, int]],
                state: _Pass) -> list[list[Term]]:
     hw, bias = sizes[call.node], call.params.get("bias", "")
-    _learn_scale(rule, call.node, call, terms, hw, state)
+    _learn_scale(rule, call, terms, hw, state)
     cell = rule.schedule.cells.get(call.inputs[0])
     if cell is not None:
         value = project(terms, hw, cell)
@@ -197,7 +197,7 @@ def _activation(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _
 def _activation_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[str, tuple[int, int]],
                      state: _Pass) -> list[list[Term]]:
     cell, hw = rule.schedule.counted.get(call.node), sizes[call.node]
-    _learn_scale(rule, call.inputs[0], call, terms, hw, state)
+    _learn_scale(rule, call, terms, hw, state)
     if cell is None:
         return [mask(terms, state.kept[f"bits:{call.node}"], call.node, state.last)]
     g = project(terms, hw, cell)

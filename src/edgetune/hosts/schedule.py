@@ -1,4 +1,4 @@
-"""How a chain keeps its activations, decided once from the graph.
+"""How a chain keeps its activations, decided once from its calls.
 
 Walking the run backward shows how each gradient arrives: constant on which cells, masked by bits or not. An
 activation whose gradient arrives constant and is projected at once keeps its open counts a patch; others keep bits.
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from edgetune.graph import Call, Graph
+from edgetune.graph import Call
 from edgetune.hosts.grid import PIXEL, Cell, refines
 from edgetune.overlap import ConvGeometry
 from edgetune.recognise import MASKS
@@ -63,19 +63,20 @@ class Moment:
 @dataclass(frozen=True)
 class Schedule:
     """`cells`: where a value's gradient is projected; `counted`: activations and gates kept on these cells;
-    `moments`: how each norm's scale learns, if it does; `refused`: calls that cannot be part of the run."""
+    `moments`: how each norm's scale learns, if it does, and `read` the same by reader; `refused`: calls that cannot be
+    part of the run."""
 
     cells: Mapping[str, Cell]
     counted: Mapping[str, Cell]
     moments: Mapping[str, Moment]
+    read: Mapping[str, Moment]
     refused: frozenset[str]
 
 
-def schedule(graph: Graph, run: tuple[Call, ...], settings: Mapping[str, ConvSettings],
-             grid: GridProducts) -> Schedule:
+def schedule(run: tuple[Call, ...], settings: Mapping[str, ConvSettings], grid: GridProducts) -> Schedule:
     """Walk the run backward once and decide what each call keeps."""
-    inside = {call.node for call in run}
-    cells = _projection_cells(run, settings)
+    inside = {call.node: call for call in run}
+    cells = _projection_cells(inside, settings)
     flows: dict[str, list[Flow]] = {call.node: [(PIXEL, ())] for call in run
                                     if any(reader not in inside for reader in call.consumers)}
     counted: dict[str, Cell] = {}
@@ -88,10 +89,10 @@ def schedule(graph: Graph, run: tuple[Call, ...], settings: Mapping[str, ConvSet
         elif call.kind == "scale" or (call.kind == "activation" and call.function not in MASKS):
             refused.add(call.node)
         elif call.kind == "norm" and "weight" in call.params:
-            moments[call.node] = _moment(call, graph, flows, counted)
+            moments[call.node] = _moment(call, _sole_reader(call, inside), flows, counted)
         for node, flow in zip(call.inputs, _leaving(call, arriving, cells, counted, settings, grid), strict=True):
             flows.setdefault(node, []).extend(flow)
-    return Schedule(cells, counted, moments, frozenset(refused))
+    return Schedule(cells, counted, moments, {m.reader.node: m for m in moments.values()}, frozenset(refused))
 
 
 def _counting_cell(call: Call, arriving: list[Flow], cells: Mapping[str, Cell]) -> Cell | None:
@@ -124,12 +125,9 @@ def _leaving(call: Call, arriving: list[Flow], cells: Mapping[str, Cell], counte
     return [arriving] * len(call.inputs)
 
 
-def _moment(norm: Call, graph: Graph, flows: Mapping[str, list[Flow]], counted: Mapping[str, Cell]) -> Moment:
+def _moment(norm: Call, behind: Call | None, flows: Mapping[str, list[Flow]], counted: Mapping[str, Cell]) -> Moment:
     """What a norm keeps for its scale: means over cells for each mask that the gradient arrives under."""
-    reader = norm
-    if len(norm.consumers) == 1 and norm.consumers[0] in counted:
-        behind = graph[norm.consumers[0]]
-        reader = behind if behind.kind == "activation" else norm
+    reader = behind if behind is not None and behind.kind == "activation" and behind.node in counted else norm
     size, arriving = _map_size(norm), flows.get(reader.node, [])
     cells = {masks: _common([cell for cell, own in arriving if own == masks], size) for _, masks in arriving}
     if PIXEL in cells.values() or sum(1 / (rows * columns) for rows, columns in cells.values()) >= 1:
@@ -152,14 +150,26 @@ def _map_size(call: Call) -> tuple[int, int]:
     return (call.out_shape[2], call.out_shape[3]) if len(call.out_shape) == 4 else PIXEL
 
 
-def _projection_cells(run: tuple[Call, ...], settings: Mapping[str, ConvSettings]) -> dict[str, Cell]:
-    """Values that go straight down to one convolution's output (through norms only), with its patch."""
+def _projection_cells(inside: Mapping[str, Call], settings: Mapping[str, ConvSettings]) -> dict[str, Cell]:
+    """Values that go straight down to one convolution's output, with its patch: through nothing, or through a norm with
+    an activation behind it. The norm's scale reads what comes out of that activation, before it is projected."""
     cells: dict[str, Cell] = {}
-    for call in run:
-        if len(call.consumers) > 1 or not call.consumers:
+    for call in inside.values():
+        reader = _sole_reader(call, inside)
+        if reader is None:
             continue
         if call.kind == "conv":
             cells[call.node] = (settings[call.node].patch_px,) * 2
-        elif call.kind == "norm" and call.inputs[0] in cells:
+        elif call.inputs[0] in cells and (call.kind == "identity" or (
+                call.kind == "norm" and reader.kind == "activation")):
             cells[call.node] = cells[call.inputs[0]]
     return cells
+
+
+def _sole_reader(call: Call, inside: Mapping[str, Call]) -> Call | None:
+    """The one call that reads a value, identities aside; None where several do, or one from outside."""
+    while len(call.consumers) == 1 and call.consumers[0] in inside:
+        call = inside[call.consumers[0]]
+        if call.kind != "identity":
+            return call
+    return None

@@ -64,7 +64,7 @@ class PooledChain(GradientFilter):
         segments: list[Segment] = []
         while True:
             runs = convex_runs(graph, eligible, anchors=set(settings))
-            schedules = [schedule(graph, run, settings, _Grid()) for run in runs]
+            schedules = [schedule(run, settings, _Grid()) for run in runs]
             refused = {node for made in schedules for node in made.refused}
             if not refused:
                 break
