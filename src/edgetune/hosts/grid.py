@@ -22,12 +22,13 @@ PIXEL: Cell = (1, 1)
 @dataclass(frozen=True)
 class Term:
     """value (n c p q) on cells of `cell` pixels; `bits` masks single pixels, in the memory order of a full map that
-    lies channels `last` or not."""
+    lies channels `last` or not, and `masks` names the activations whose bits these are."""
 
     value: torch.Tensor
     cell: Cell
     bits: torch.Tensor | None = None
     last: bool = False
+    masks: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=1024)
@@ -134,17 +135,17 @@ def spread(terms: list[Term], hw: tuple[int, int], last: bool = False) -> torch.
 
 def merge(terms: list[Term]) -> list[Term]:
     """Add up the terms that share a grid and a mask."""
-    merged: dict[tuple[Cell, int], Term] = {}
+    merged: dict[tuple[Cell, tuple[str, ...]], Term] = {}
     for term in terms:
-        key = (term.cell, id(term.bits))
+        key = (term.cell, term.masks)
         known = merged.get(key)
         merged[key] = term if known is None else replace(known, value=known.value + term.value)
     return list(merged.values())
 
 
-def mask(terms: list[Term], bits: torch.Tensor, last: bool = False) -> list[Term]:
+def mask(terms: list[Term], bits: torch.Tensor, name: str, last: bool = False) -> list[Term]:
     """Every term behind one more mask: masks along a run multiply, so their bits, all in one order, are AND-ed."""
-    return [Term(t.value, t.cell, bits if t.bits is None else t.bits & bits, last) for t in terms]
+    return [Term(t.value, t.cell, bits if t.bits is None else t.bits & bits, last, (*t.masks, name)) for t in terms]
 
 
 def scale(terms: list[Term], factor: torch.Tensor) -> list[Term]:
