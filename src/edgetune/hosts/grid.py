@@ -56,12 +56,6 @@ def _placed(table: torch.Tensor, dtype: torch.dtype, device: str) -> torch.Tenso
     return table.to(device=device, dtype=dtype)
 
 
-@lru_cache(maxsize=1024)
-def _replicas(size: int, source: int, target: int, device: str) -> torch.Tensor:
-    """For every target cell the source cell that it lies in."""
-    return torch.arange(0, size, target, device=device) // source
-
-
 def refines(hw: tuple[int, int], coarse: Cell, fine: Cell) -> bool:
     """Whether every fine cell lies inside one coarse cell."""
     return all(c % f == 0 or c >= size for size, c, f in zip(hw, coarse, fine, strict=True))
@@ -74,12 +68,16 @@ def regrid(value: torch.Tensor, hw: tuple[int, int], source: Cell, target: Cell)
         return value
     if source == PIXEL:
         return kernels.patch_mean(value, *target)
-    for axis, size, s, t in zip((2, 3), hw, source, target, strict=True):
-        if s == t:
-            continue
-        if s % t == 0 or s >= size:
-            value = value.index_select(axis, _replicas(size, s, t, str(value.device)))
-        else:
+    copied = [s % t == 0 or s >= size for size, s, t in zip(hw, source, target, strict=True)]
+    if any(copied):
+        # every cell's value to the target cells inside it, which on the grid is what spreading does on a map
+        grid = [cells(size, t) if own else count for own, size, t, count in
+                zip(copied, hw, target, value.shape[2:], strict=True)]
+        times = [(s // t if s % t == 0 else count) if own else 1 for own, s, t, count in
+                 zip(copied, source, target, grid, strict=True)]
+        value = kernels.patch_spread(value, grid[0], grid[1], times[0], times[1])
+    for axis, own, size, s, t in zip((2, 3), copied, hw, source, target, strict=True):
+        if not own:
             rows = on(transfer(size, s, t), value)
             value = rows @ value if axis == 2 else value @ rows.T
     return value
