@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import nn
 
+from edgetune.cache import Cache, CacheUse
 from edgetune.contract import Plan
 from edgetune.costs import Costs
 from edgetune.data import Augment, Dataset, Pictures, Preprocess, batches, load_data, open_picture
@@ -56,6 +57,7 @@ class Settings(Record):
     seed: int = 0
     augment: Augment | None = None
     baseline: bool = False
+    cache: Cache | None = None
 
 
 class ModelRef(Record):
@@ -97,7 +99,8 @@ class Plain(Record):
 
 
 class Run(Record):
-    """One training. `epochs` holds the curves, `versions` what it ran on, accuracies lie between 0 and 1."""
+    """One training. `epochs` holds the curves, `versions` what it ran on, accuracies lie between 0 and 1;
+    `cached` is what the cache did for the planned training."""
 
     status: Literal["running", "interrupted", "diverged", "finished"]
     started: str
@@ -113,6 +116,7 @@ class Run(Record):
     epochs: tuple[Epoch, ...] = ()
     plain: Plain | None = None
     costs: Costs | None = None
+    cached: CacheUse | None = None
 
 
 def versions() -> dict[str, str]:

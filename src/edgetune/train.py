@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from edgetune.apply import Undo, apply
+from edgetune.cache import FILES, Cache, Sight, open_features
 from edgetune.contract import Plan
 from edgetune.costs import Costs, costs_of, unrestrained
 from edgetune.data import Augment, Dataset, batches
-from edgetune.errors import DivergedError, PlanError, RunError
+from edgetune.errors import DivergedError, PlanError, Refusal, RunError
 from edgetune.loop import Leg, Position, Progress, Silent
 from edgetune.run import (
     PLAN,
@@ -64,6 +65,7 @@ def train(
     seed: int = 0,
     augment: Augment | bool | None = True,
     baseline: bool = False,
+    cache: Cache | None = None,
     model_name: str = "",
     model_options: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
@@ -75,7 +77,8 @@ def train(
     """Train `model` in place as `plan` says and leave a run folder at `out`.
 
     `augment` is True for the data's own views, False or None for none; `baseline` also trains a copy by plain
-    full back-propagation, to compare. `model_name`, `model_options`, `weights` and `data_options` (what
+    full back-propagation, to compare; `cache` keeps what the frozen part gives (without one, as ever, all of the
+    network runs in every epoch). `model_name`, `model_options`, `weights` and `data_options` (what
     `load_data` was given) are written down so that the run can be loaded and resumed by itself;
     `costs` are measured unless given; `on_finish(out, run)` is called at the end, to write reports.
     Raises Interrupted after Ctrl-C, DivergedError when the loss is no number, PlanError or Refusal when the
@@ -84,7 +87,7 @@ def train(
     settings = _settings(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, momentum=momentum,
         weight_decay=weight_decay, warm_up=warm_up, clip_norm=clip_norm, seed=seed, baseline=baseline,
-        augment=data.augment if augment is True else augment or None,
+        cache=cache, augment=data.augment if augment is True else augment or None,
     )  # fmt: skip
     folder = Path(out)
     _refuse(folder, plan)
@@ -233,8 +236,8 @@ class _Job:
                 f"the last good weights are in '{self.folder}'"
             ) from failure
         self.note(status="finished")
-        for checkpoint in (PLANNED, PLAIN):
-            (self.folder / checkpoint).unlink(missing_ok=True)
+        for file in (self.folder / PLANNED, self.folder / PLAIN, *self.folder.glob(FILES)):
+            file.unlink(missing_ok=True)
         if self.on_finish is not None:
             self.on_finish(self.folder, self.run)
         return self.run
@@ -255,13 +258,35 @@ class _Job:
     def _train_planned(self) -> None:
         def saved(at: Position) -> None:
             write_tensors(self.folder / WEIGHTS, self.model.state_dict())
-            self.note(epochs=at.epochs)
+            self.note(epochs=at.epochs, cached=leg.features.use if leg.features else None)
 
         leg = self._leg(self.model.train(), PLANNED, saved)
         self.note(status="running")
-        leg.run("planned", self.progress)
+        self._open_features(leg)
+        try:
+            leg.run("planned", self.progress)
+        finally:
+            if leg.features is not None:
+                leg.features.close()
         saved(leg.at)  # a kill may have come between the last checkpoint and its weights
         self.note(epochs=leg.at.epochs, accuracy_after=leg.at.epochs[-1].val_accuracy)
+
+    def _open_features(self, leg: Leg) -> None:
+        """Let the leg train from features where the run has a cache and something frozen to keep."""
+        settings, count = self.run.settings, len(self.data.train)
+        if settings.cache is None or len(leg.at.epochs) == settings.epochs:
+            return
+        micro = min(leg.micro_batch, settings.batch_size, count)
+        sight = Sight(settings.seed, settings.augment, settings.batch_size, micro)
+        tell = self.progress.tell
+        try:
+            leg.features = open_features(self.model, self.data, settings.cache, sight, self.folder, tell)
+        except Refusal as reason:
+            tell(f"nothing is cached: {reason}")
+            return
+        if self.run.cached is not None:  # resumed: go on counting
+            so_far = {"found": self.run.cached.found, "computed": self.run.cached.computed}
+            leg.features.use = leg.features.use.model_copy(update=so_far)
 
     def _train_plain(self, plain: Plain) -> None:
         """The same data, steps and rates for stock autograd: all parameters learn, norms stay frozen."""

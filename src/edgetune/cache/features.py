@@ -1,0 +1,187 @@
+"""Training from features: what the frozen part gives for a picture and view is computed once, and looked up after.
+
+What the rest trains on does not depend on what the cache holds: with a codec that loses something it is always what
+the codec gives back, and kernels that round by the size of a batch always see the same size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from edgetune.cache.codecs import CODECS, Codec
+from edgetune.cache.cut import Cut, find_cut
+from edgetune.cache.settings import Cache, CacheUse
+from edgetune.cache.store import DiskStore, MemoryStore, Store, room_on_disk
+from edgetune.data import Augment, Dataset, Pictures, chunks, permutation, seen
+from edgetune.errors import RunError
+from edgetune.units import format_bytes
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+FILES = "features-*.cache"
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How training sees its pictures: order and views by `seed`, `batch_size` in a step, `micro_batch` at a time."""
+
+    seed: int
+    augment: Augment | None
+    batch_size: int
+    micro_batch: int
+
+
+@dataclass
+class Features:
+    """Training pictures behind the frozen part of `model`, by number; `use` counts what was found."""
+
+    model: nn.Module
+    cut: Cut
+    pictures: Pictures
+    sight: Sight
+    views: int
+    codec: Codec
+    store: Store
+    use: CacheUse
+    sizes: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = [self.codec.size(value.shape) for value in self.cut.values]
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Forward, torch.Tensor, torch.Tensor]]:
+        """The batches of an epoch from batch number `start` on: a function from pictures' numbers to the network's
+        output, the numbers (n), and the labels y (n)."""
+        order = permutation(len(self.pictures), "order", self.sight.seed, epoch)
+        forward = partial(self.output, epoch % self.views)
+        for chosen in chunks(order, self.sight.batch_size, start):
+            yield forward, torch.tensor(chosen), torch.tensor([self.pictures.labels[i] for i in chosen])
+
+    def output(self, view: int, numbers: torch.Tensor) -> torch.Tensor:
+        """What the network gives for the pictures `numbers` (n), seen in `view`."""
+        chosen = numbers.tolist()
+        whole = len(chosen) == self.sight.micro_batch
+        # a kernel may round differently at another batch size, and exactly means as without a cache
+        values = self._looked_up(view, chosen) if whole or not self.codec.exact else self._computed(view, chosen)
+        return self.cut.suffix(self.model, *values)
+
+    def close(self) -> None:
+        """Give back memory, or close the file."""
+        self.store.close()
+
+    def _count(self, found: int, computed: int) -> None:
+        self.use = self.use.model_copy(update={
+            "found": self.use.found + found, "computed": self.use.computed + computed, "stored": self.store.stored})
+
+    def _looked_up(self, view: int, chosen: list[int]) -> list[torch.Tensor]:
+        slots = {i: view * len(self.pictures) + i for i in chosen}
+        rows = {i: row for i in chosen if (row := self.store.read(slots[i])) is not None}
+        missing = [i for i in chosen if i not in rows]
+        if missing:
+            for i, row in zip(missing, self._encoded(view, missing)):
+                self.store.write(slots[i], row)
+                rows[i] = row
+        self._count(len(chosen) - len(missing), len(missing))
+        return self._decoded(torch.stack([rows[i] for i in chosen]))
+
+    def _encoded(self, view: int, missing: list[int]) -> torch.Tensor:
+        """uint8 (n size) on the CPU; computed in a batch of the usual size, filled up with repetitions."""
+        x = self._seen(view, missing)
+        values = self._prefix(x[torch.arange(self.sight.micro_batch) % len(x)])
+        parts = []
+        for value in values:
+            kept = value[: len(x)].float()
+            reason = self.codec.refuse(kept)
+            if reason is not None:
+                names = ", ".join(f"'{self.pictures.names[i]}'" for i in missing[:3])
+                raise RunError(f"a picture among {names} {reason}: keep features with codec float32")
+            parts.append(self.codec.encode(kept))
+        return torch.cat(parts, 1).cpu()
+
+    def _decoded(self, packed: torch.Tensor) -> list[torch.Tensor]:
+        parts = packed.to(_device(self.model)).split(self.sizes, 1)
+        return [
+            self.codec.decode(part, value.shape).to(
+                dtype=value.dtype,
+                memory_format=torch.channels_last if value.channels_last else torch.preserve_format,
+            )
+            for part, value in zip(parts, self.cut.values, strict=True)
+        ]
+
+    def _computed(self, view: int, chosen: list[int]) -> tuple[torch.Tensor, ...]:
+        self._count(0, len(chosen))
+        return self._prefix(self._seen(view, chosen))
+
+    def _prefix(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.enable_grad():  # as in training: the planned code runs, not the network's own
+            return self.cut.prefix(self.model, x.to(_device(self.model)))
+
+    def _seen(self, view: int, chosen: list[int]) -> torch.Tensor:
+        return seen(self.pictures, chosen, seed=self.sight.seed, view=view, settings=self.sight.augment)
+
+
+def open_features(
+    model: nn.Module, data: Dataset, cache: Cache, sight: Sight, folder: Path, tell: Callable[[str], None]
+) -> Features:
+    """The training pictures of `data` behind the frozen part of `model`, which is ready to train.
+
+    `folder` is the run's own; `tell` hears, once each, what a person should know. Raises Refusal where nothing
+    frozen lies in front of what learns.
+    """
+    cut, codec, pictures = find_cut(model, data.preprocess.shape), CODECS[cache.codec], data.train
+    views = cache.views if sight.augment is not None else 1
+    size = sum(codec.size(value.shape) for value in cut.values)
+    key = identity(model, cut, data, cache, sight)
+    path = Path(cache.folder or folder) / FILES.replace("*", key[:16])
+    room = min(cache.size_bytes, room_on_disk(path)) if cache.keep == "disk" else cache.size_bytes
+    wanted, capacity = views * len(pictures), room // size
+    if capacity < wanted:
+        tell(
+            f"the cache has room for {capacity} of {wanted} samples of {format_bytes(size)} "
+            f"({format_bytes(room)}): the others are computed; allow more with --cache-size, or fewer --cache-views"
+        )
+    store: Store
+    if cache.keep == "disk":
+        store = DiskStore(path, key, size, capacity, tell)
+    else:
+        store = MemoryStore(capacity)
+    use = CacheUse(layers=cut.layers, sample_bytes=size)
+    return Features(model, cut, pictures, sight, views, codec, store, use)
+
+
+def identity(model: nn.Module, cut: Cut, data: Dataset, cache: Cache, sight: Sight) -> str:
+    """A hash of all that features depend on: the frozen part and its weights, the pictures and how they are seen."""
+    digest = hashlib.sha256(cut.code.encode())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in cut.held:
+        if name in tensors:
+            digest.update(_bytes(tensors[name]))
+    probe = torch.rand((1, *data.preprocess.shape), generator=torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        for value in cut.prefix(model, probe.to(next(model.parameters()))):
+            digest.update(_bytes(value))
+    seen_as = {
+        "fingerprint": data.fingerprint,
+        "preprocess": data.preprocess.model_dump(mode="json"),
+        "augment": None if sight.augment is None else [sight.augment.model_dump(mode="json"), sight.seed],
+        "count": len(data.train),
+        "micro_batch": sight.micro_batch,
+        "codec": cache.codec,
+        "torch": str(torch.__version__),
+    }
+    digest.update(json.dumps(seen_as, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
