@@ -237,7 +237,8 @@ class _Job:
             ) from failure
         self.note(status="finished")
         for file in (self.folder / PLANNED, self.folder / PLAIN, *self.folder.glob(FILES)):
-            file.unlink(missing_ok=True)
+            if file.is_file():
+                file.unlink()
         if self.on_finish is not None:
             self.on_finish(self.folder, self.run)
         return self.run
@@ -284,6 +285,9 @@ class _Job:
         except Refusal as reason:
             tell(f"nothing is cached: {reason}")
             return
+        if settings.augment is not None and settings.cache.views >= settings.epochs:
+            tell(f"with {settings.cache.views} views no picture is seen twice in {settings.epochs} epochs: "
+                 "take fewer views or more epochs")
         if self.run.cached is not None:  # resumed: go on counting
             so_far = {"found": self.run.cached.found, "computed": self.run.cached.computed}
             leg.features.use = leg.features.use.model_copy(update=so_far)

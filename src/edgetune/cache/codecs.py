@@ -57,7 +57,7 @@ class Float32(Codec):
         return 4 * math.prod(shape)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(len(x), -1).contiguous().view(torch.uint8)
+        return _rows(x).contiguous().view(torch.uint8)
 
     def decode(self, packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         return _read(packed, torch.float32).reshape(len(packed), *shape)
@@ -76,7 +76,7 @@ class Float16(Codec):
         return 2 * math.prod(shape)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(len(x), -1).to(torch.float16).view(torch.uint8)
+        return _rows(x).to(torch.float16).view(torch.uint8)
 
     def decode(self, packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         return _read(packed, torch.float16).float().reshape(len(packed), *shape)
@@ -103,8 +103,8 @@ class Int8(Codec):
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         rows, low, step = self._scaled(x)
         codes = torch.where(step > 0, (rows - low) / step, 0).round().clamp(0, 255).to(torch.uint8)
-        head = torch.stack([low, step], -1).reshape(len(x), -1).contiguous().view(torch.uint8)
-        return torch.cat([head, codes.reshape(len(x), -1)], 1)
+        head = _rows(torch.stack([low, step], -1)).contiguous().view(torch.uint8)
+        return torch.cat([head, _rows(codes)], 1)
 
     def decode(self, packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         scales = self._scales(shape)
@@ -128,10 +128,14 @@ class Int8(Codec):
         return shape[0] if len(shape) > 1 and math.prod(shape[1:]) >= self.SMALL else 1
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(n ...) -> (n numbers of a sample)."""
+    return x.reshape(len(x), x.shape[1:].numel())
+
+
 def _read(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Bytes as numbers; a part of a longer record is copied, as it may not lie where numbers have to."""
-    whole = packed.contiguous() if packed.storage_offset() == 0 else packed.clone(memory_format=torch.contiguous_format)
-    return whole.view(dtype)
+    """Bytes as numbers, in memory of their own: within a longer record they need not lie where numbers have to."""
+    return torch.empty(packed.shape, dtype=torch.uint8, device=packed.device).copy_(packed).view(dtype)
 
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Float32(), Float16(), Int8())}
