@@ -212,11 +212,13 @@ class TestWhatIsTrainedOn:
         for codec in CODECS:
             run = start(tmp_path / codec, Cache(codec=codec))
             losses[codec] = run.epochs[-1].train_loss
-        assert losses["float16"] == pytest.approx(losses["float32"], rel=1e-3) != losses["float32"]
-        assert losses["int8"] == pytest.approx(losses["float32"], rel=1e-2) != losses["float32"]
+        assert len(set(losses.values())) == len(CODECS)
+        assert losses["float16"] == pytest.approx(losses["float32"], rel=1e-4)
+        assert losses["int8"] == pytest.approx(losses["float32"], rel=1e-3)
 
     def test_features_a_codec_cannot_hold_are_refused(self, start: Start, tmp_path: Path) -> None:
-        for codec, weight, words in (("float16", 1e5, "more than the 65504 of float16"), ("int8", float("nan"), "not fin")):
+        wrong = [("float16", 1e5, "more than the 65504 of float16"), ("int8", float("nan"), "not finite")]
+        for codec, weight, words in wrong:
             model = network()
             model.stem[1].weight.data.fill_(weight)
             with pytest.raises(RunError, match=f"a picture among '.*{words}.*: keep features with codec float32"):
@@ -352,11 +354,11 @@ class TestSurroundings:
         assert len(watch.told) == 1
         assert watch.told[0].startswith("nothing is cached: layer 'stem.0' learns, and nothing worth keeping lies in")
 
-    def test_the_file_goes_when_the_run_has_finished(self, start: Start, tmp_path: Path) -> None:
+    def test_the_file_goes_when_the_run_has_finished(self, start: Start, digits: Dataset, tmp_path: Path) -> None:
         with pytest.raises(Interrupted):
             start(tmp_path / "out", Cache(keep="disk"), progress=Watch(4))
         assert len(list((tmp_path / "out").glob("*.cache"))) == 1
-        resume(tmp_path / "out", model=network(seed=9), data=load_data("digits", Preprocess(size=(16, 16)), limit=PICTURES))
+        resume(tmp_path / "out", model=network(seed=9), data=digits)
         assert list((tmp_path / "out").glob("*.cache")) == []
 
     def test_a_baseline_beside_it_is_the_same_with_and_without(self, start: Start, tmp_path: Path) -> None:
