@@ -169,7 +169,8 @@ def _rows(name: str, size: int, options: CacheOptions) -> Iterator[timing.Row]:
 
 def _row(name: str, size: int, options: CacheOptions, others: float) -> timing.Row:
     return {"case": f"{name}@{size} last {options.depth}", "model": name, "size_px": size, "depth": options.depth,
-            "batch": options.batch, "pictures": options.pictures, "classes": options.classes, "keep": options.keep, "threads": options.threads,
+            "batch": options.batch, "pictures": options.pictures, "classes": options.classes,
+            "keep": options.keep, "threads": options.threads,
             "device": options.device, "seed": options.seed, "clock": options.clock, "quick": options.quick,
             "load": timing.load_average(), "others": others}
 
