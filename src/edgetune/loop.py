@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
-from edgetune.cache import Features
+from edgetune.cache import CacheUse, Features
 from edgetune.data import Dataset, batches, generator_for
 from edgetune.errors import DivergedError, RunError
 from edgetune.record import Record
@@ -93,7 +93,7 @@ class Position(Record):
 class Leg:
     """One training of one network, planned or plain; `saved` hears of every epoch and of Ctrl-C.
 
-    With `features` the frozen part of the network is looked up instead of run.
+    With `features`, and `val_features`, the frozen part of the network is looked up instead of run.
     """
 
     model: nn.Module
@@ -103,6 +103,7 @@ class Leg:
     checkpoint: Path
     saved: Callable[[Position], None]
     features: Features | None = None
+    val_features: Features | None = None
     at: Position = field(default_factory=Position)
     whole: bool = True  # False while weights, momentum and step number are not of one moment
 
@@ -202,8 +203,16 @@ class Leg:
             group["lr"] = rate_at(self.at.step, self.total, self.settings)
         return loss
 
+    def cached(self) -> CacheUse | None:
+        """What the features have done so far."""
+        if self.features is None or self.val_features is None:
+            return None
+        val = self.val_features.use
+        return self.features.use.model_copy(update={"validation_bytes": val.stored * val.sample_bytes})
+
     def _close(self, epoch: int, progress: Progress) -> None:
-        score = evaluate(self.model, self.data.val, len(self.data.classes), self.settings.batch_size)
+        classes, batch_size = len(self.data.classes), self.settings.batch_size
+        score = evaluate(self.model, self.data.val, classes, batch_size, self.val_features)
         if not math.isfinite(score.loss):
             raise DivergedError(f"the validation loss is not a number after epoch {epoch + 1}")
         row = Epoch(

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import nn
 
-from edgetune.cache import Cache, CacheUse
+from edgetune.cache import Cache, CacheUse, Features
 from edgetune.contract import Plan
 from edgetune.costs import Costs
 from edgetune.data import Augment, Dataset, Pictures, Preprocess, batches, load_data, open_picture
@@ -268,12 +268,18 @@ class Score(Record):
         return sum(self.right) / max(sum(self.seen), 1)
 
 
-def evaluate(model: nn.Module, pictures: Pictures, classes: int, batch_size: int = 32) -> Score:
-    """Run `model` over pictures in evaluation mode. Raises ModelError when its head does not fit."""
+def evaluate(
+    model: nn.Module, pictures: Pictures, classes: int, batch_size: int = 32, features: Features | None = None
+) -> Score:
+    """Run `model` over pictures in evaluation mode, from their `features` where there are some.
+
+    Raises ModelError when its head does not fit.
+    """
+    direct = ((model, x, y) for x, y in batches(pictures, batch_size, shuffle=False))
     seen, right, loss = torch.zeros(classes, dtype=torch.long), torch.zeros(classes, dtype=torch.long), 0.0
     with evaluating(model), torch.no_grad():
-        for x, y in batches(pictures, batch_size, shuffle=False):
-            logits = model(x.to(device_of(model))).float().cpu()
+        for forward, x, y in direct if features is None else features.in_order():
+            logits = forward(x.to(device_of(model))).float().cpu()
             if logits.shape != (len(y), classes):
                 raise ModelError(
                     f"the network gives {tuple(logits.shape)} for {len(y)} pictures of "

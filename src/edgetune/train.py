@@ -19,6 +19,7 @@ from edgetune.contract import Plan
 from edgetune.costs import Costs, costs_of, unrestrained
 from edgetune.data import Augment, Dataset, batches
 from edgetune.errors import DivergedError, PlanError, Refusal, RunError
+from edgetune.graph import evaluating
 from edgetune.loop import Leg, Position, Progress, Silent
 from edgetune.run import (
     PLAN,
@@ -259,7 +260,7 @@ class _Job:
     def _train_planned(self) -> None:
         def saved(at: Position) -> None:
             write_tensors(self.folder / WEIGHTS, self.model.state_dict())
-            self.note(epochs=at.epochs, cached=leg.features.use if leg.features else None)
+            self.note(epochs=at.epochs, cached=leg.cached())
 
         leg = self._leg(self.model.train(), PLANNED, saved)
         self.note(status="running")
@@ -267,23 +268,31 @@ class _Job:
         try:
             leg.run("planned", self.progress)
         finally:
-            if leg.features is not None:
-                leg.features.close()
+            for features in (leg.features, leg.val_features):
+                if features is not None:
+                    features.close()
         saved(leg.at)  # a kill may have come between the last checkpoint and its weights
         self.note(epochs=leg.at.epochs, accuracy_after=leg.at.epochs[-1].val_accuracy)
 
     def _open_features(self, leg: Leg) -> None:
         """Let the leg train from features where the run has a cache and something frozen to keep."""
-        settings, count = self.run.settings, len(self.data.train)
+        settings, micro = self.run.settings, min(leg.micro_batch, self.run.settings.batch_size)
         if settings.cache is None or len(leg.at.epochs) == settings.epochs:
             return
-        micro = min(leg.micro_batch, settings.batch_size, count)
-        sight = Sight(settings.seed, settings.augment, settings.batch_size, micro)
-        tell = self.progress.tell
+        tell, size = self.progress.tell, settings.batch_size
+        val = Sight(settings.seed, None, size, min(size, len(self.data.val)))
+        sight = Sight(settings.seed, settings.augment, size, min(micro, len(self.data.train)))
+        common = self.model, self.data, settings.cache
         try:
-            leg.features = open_features(self.model, self.data, settings.cache, sight, self.folder, tell)
+            with evaluating(self.model):
+                leg.val_features = open_features(*common, val, self.folder, tell, "val")
+            taken = leg.val_features.room_bytes
+            leg.features = open_features(*common, sight, self.folder, tell, "train", taken)
         except Refusal as reason:
             tell(f"nothing is cached: {reason}")
+            if leg.val_features is not None:
+                leg.val_features.close()
+                leg.val_features = None
             return
         if settings.augment is not None and settings.cache.views >= settings.epochs:
             tell(f"with {settings.cache.views} views no picture is seen twice in {settings.epochs} epochs: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from edgetune import loop
-from edgetune.cache import Cache
+from edgetune.cache import Cache, Features, open_features
 from edgetune.cache.codecs import CODECS
 from edgetune.contract import Method
 from edgetune.costs import Costs, costs_of
@@ -24,7 +25,7 @@ from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.gradient_filter import GradientFilter
 from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.plan import last_layers
-from edgetune.run import WEIGHTS, Interrupted, Run, read_run, read_tensors
+from edgetune.run import WEIGHTS, Interrupted, Run, evaluate, read_run, read_tensors
 from edgetune.train import resume, train
 from nets import Inverted, Opaque, Residual, block, scramble
 
@@ -169,6 +170,29 @@ class TestBitForBit:
         assert use is not None and use.layers == ("stem.2", "mul")
 
 
+class TestValidation:
+    def test_measures_the_network_itself_whatever_the_codec(self, start: Start, tmp_path: Path) -> None:
+        """Also where dropout, which is still in evaluation, lets more of the network be kept."""
+        for net in (Residual, Dropping, Opaque):
+            run = start(tmp_path / net.__name__, Cache(codec="int8"), model=network(net))
+            model = network(net)
+            model.load_state_dict(read_tensors(tmp_path / net.__name__ / WEIGHTS)[0])
+            score = evaluate(model, load_data("digits", run.preprocess, limit=PICTURES).val, 10, BATCH)
+            assert (run.epochs[-1].val_loss, run.epochs[-1].val_accuracy) == (score.loss, score.accuracy)
+
+    def test_finds_its_pictures_again(self, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened = []
+
+        def spy(*given: object) -> Features:
+            opened.append(open_features(*given))  # type: ignore[arg-type]
+            return opened[-1]
+
+        monkeypatch.setattr(importlib.import_module("edgetune.train"), "open_features", spy)
+        start(tmp_path / "out", Cache(keep="disk"))
+        val = opened[0].use
+        assert (val.found, val.computed) == ((EPOCHS - 1) * 32, 32 + EPOCHS * 6)
+
+
 class TestViews:
     def test_epochs_see_them_in_turn(self, start: Start, tmp_path: Path) -> None:
         """Two views kept, or the third epoch's made equal to the first's: the same training."""
@@ -182,6 +206,7 @@ class TestViews:
     def test_what_is_found_is_counted(self, start: Start, tmp_path: Path) -> None:
         use = start(tmp_path / "out", Cache(codec="float16", views=3), augment=VIEWS).cached
         assert use is not None
+        assert use.validation_bytes == 32 * 4 * 6 * 16 * 16, "the last batch is a small one, and computed"
         assert (use.stored, use.computed, use.found) == (3 * PICTURES, 3 * PICTURES, PICTURES)
         assert use.hit_rate == 0.25 and use.sample_bytes == 2 * 6 * 16 * 16
 
@@ -200,7 +225,7 @@ class TestWhatIsTrainedOn:
     def test_never_depends_on_what_is_kept(self, start: Start, tmp_path: Path, codec: str) -> None:
         """A codec's errors are there from the first epoch on, kept or not; so stopping changes nothing."""
         start(tmp_path / "all", Cache(codec=codec))
-        some = 20 * CODECS[codec].size((6, 16, 16))
+        some = 2 * 20 * CODECS[codec].size((6, 16, 16))  # half of it goes to the pictures to validate
         for name, size, words in (("some", some, "room for 20 of 38"), ("none", 1, "room for 0 of 38")):
             watch = Watch()
             start(tmp_path / name, Cache(codec=codec, size_bytes=size), progress=watch)
@@ -278,7 +303,7 @@ class TestGoingOn:
         start(tmp_path / "whole", cache)
         with pytest.raises(Interrupted):
             start(tmp_path / "cut", cache, progress=Watch(7))
-        (file,) = (tmp_path / "cut").glob("features-*.cache")
+        (file,) = (tmp_path / "cut").glob("train-*.cache")
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         if damage in ("gone", "folder"):
@@ -317,7 +342,7 @@ class TestNeverStale:
         start(tmp_path / "first", cache, augment=VIEWS)
         again = start(tmp_path / "again", cache, augment=VIEWS, learning_rate=0.2).cached
         assert again is not None and again.hit_rate == 1.0
-        assert len(list((tmp_path / "kept").iterdir())) == 1
+        assert sorted(path.name.partition("-")[0] for path in (tmp_path / "kept").iterdir()) == ["train", "val"]
 
     def test_whatever_matters_makes_another_file(self, start: Start, digits: Dataset, tmp_path: Path) -> None:
         cache = Cache(keep="disk", folder=str(tmp_path / "kept"))
@@ -331,7 +356,7 @@ class TestNeverStale:
             given = {"cache": cache, "epochs": 1, **changes}
             run = start(tmp_path / f"run-{number}", progress=Watch(), **given)
             assert run.cached is not None and run.cached.found == 0
-            assert len(list((tmp_path / "kept").iterdir())) == number
+            assert len(list((tmp_path / "kept").glob("train-*"))) == number
 
     def test_other_pictures_make_another_file(self, costs: Costs, digits: Dataset, tmp_path: Path) -> None:
         cache = Cache(keep="disk", folder=str(tmp_path / "kept"))
@@ -342,7 +367,7 @@ class TestNeverStale:
             plan = last_layers(trace(model, torch.zeros(SAMPLE)), 1, Exact())
             train(model, data, plan, out=tmp_path / str(number), epochs=1, batch_size=BATCH, costs=costs, cache=cache,
                   augment=False)  # fmt: skip
-            assert len(list((tmp_path / "kept").iterdir())) == number
+            assert len(list((tmp_path / "kept").glob("train-*"))) == number
 
 
 class TestSurroundings:
@@ -357,7 +382,7 @@ class TestSurroundings:
     def test_the_file_goes_when_the_run_has_finished(self, start: Start, digits: Dataset, tmp_path: Path) -> None:
         with pytest.raises(Interrupted):
             start(tmp_path / "out", Cache(keep="disk"), progress=Watch(4))
-        assert len(list((tmp_path / "out").glob("*.cache"))) == 1
+        assert len(list((tmp_path / "out").glob("*.cache"))) == 2
         resume(tmp_path / "out", model=network(seed=9), data=digits)
         assert list((tmp_path / "out").glob("*.cache")) == []
 

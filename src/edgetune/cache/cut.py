@@ -56,7 +56,9 @@ class Cut:
 
 
 def find_cut(model: nn.Module, shape: Sequence[int]) -> Cut:
-    """Cut `model`, in the mode it trains in and with its plan applied, for samples of `shape` (c h w).
+    """Cut `model`, with its plan applied, for samples of `shape` (c h w) and for the mode that it is in.
+
+    In training it runs as planned and with gradients, in evaluation by its own forward.
 
     Raises Refusal, naming the layer, where there is nothing in front of the cut that is worth keeping.
     """
@@ -78,9 +80,10 @@ def _graph(model: nn.Module) -> fx.Graph:
         raise Refusal(type(model).__name__, "carries hooks, which would not see what is cached",
                       "remove them, or train without a cache")
     routed = routed_graph(model)
-    if routed is not None:
+    if routed is not None and model.training:
         return routed
-    graph, reasons = (None, {"": "its forward was replaced"}) if "forward" in model.__dict__ else follow(model)
+    strange = routed is None and "forward" in model.__dict__
+    graph, reasons = (None, {"": "its forward was replaced"}) if strange else follow(model)
     if graph is None:
         raise Refusal(type(model).__name__, f"cannot be followed ({reasons['']})", "train it without a cache")
     return graph
@@ -224,7 +227,7 @@ def _copy(into: fx.Graph, nodes: list[fx.Node], made: dict[fx.Node, fx.Node],
 def _check_samples_apart(model: nn.Module, cut: Cut, x: torch.Tensor, other: torch.Tensor) -> None:
     """Refuse a prefix in which what a sample gives depends on those beside it."""
     mixed = torch.cat([x[:1], other[1:]])
-    with torch.enable_grad():
+    with torch.set_grad_enabled(model.training):
         for ours, theirs, layer in zip(cut.prefix(model, x), cut.prefix(model, mixed), cut.layers, strict=True):
             if not torch.allclose(ours[0], theirs[0], rtol=0, atol=0, equal_nan=True):
                 raise Refusal(layer, "depends on the other pictures of a batch, so that nothing can be kept of one",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,7 +26,8 @@ from edgetune.errors import RunError
 from edgetune.units import format_bytes
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-FILES = "features-*.cache"
+FILES = "*.cache"
+Part = Literal["train", "val"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Sight:
 
 @dataclass
 class Features:
-    """Training pictures behind the frozen part of `model`, by number; `use` counts what was found."""
+    """Pictures behind the frozen part of `model`, by number; `use` counts what was found.
+
+    They are for the mode, training or evaluation, that the model was in when they were opened.
+    """
 
     model: nn.Module
     cut: Cut
@@ -59,7 +64,16 @@ class Features:
         """The batches of an epoch from batch number `start` on: a function from pictures' numbers to the network's
         output, the numbers (n), and the labels y (n)."""
         order = permutation(len(self.pictures), "order", self.sight.seed, epoch)
-        forward = partial(self.output, epoch % self.views)
+        yield from self._batches(order, epoch % self.views, start)
+
+    def in_order(self) -> Iterator[tuple[Forward, torch.Tensor, torch.Tensor]]:
+        """All pictures once, in their own order; otherwise as `batches`."""
+        yield from self._batches(list(range(len(self.pictures))), 0, 0)
+
+    def _batches(
+        self, order: list[int], view: int, start: int
+    ) -> Iterator[tuple[Forward, torch.Tensor, torch.Tensor]]:
+        forward = partial(self.output, view)
         for chosen in chunks(order, self.sight.batch_size, start):
             yield forward, torch.tensor(chosen), torch.tensor([self.pictures.labels[i] for i in chosen])
 
@@ -70,6 +84,11 @@ class Features:
         # a kernel may round differently at another batch size, and exactly means as without a cache
         values = self._looked_up(view, chosen) if whole or not self.codec.exact else self._computed(view, chosen)
         return self.cut.suffix(self.model, *values)
+
+    @property
+    def room_bytes(self) -> int:
+        """What it may come to take."""
+        return min(self.views * len(self.pictures), self.store.capacity) * sum(self.sizes)
 
     def close(self) -> None:
         """Give back memory, or close the file."""
@@ -119,7 +138,7 @@ class Features:
         return self._prefix(self._seen(view, chosen))
 
     def _prefix(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.enable_grad():  # as in training: the planned code runs, not the network's own
+        with torch.set_grad_enabled(self.model.training):  # in training the planned code runs, not the network's own
             return self.cut.prefix(self.model, x.to(_device(self.model)))
 
     def _seen(self, view: int, chosen: list[int]) -> torch.Tensor:
@@ -127,35 +146,44 @@ class Features:
 
 
 def open_features(
-    model: nn.Module, data: Dataset, cache: Cache, sight: Sight, folder: Path, tell: Callable[[str], None]
-) -> Features:
-    """The training pictures of `data` behind the frozen part of `model`, which is ready to train.
+    model: nn.Module, data: Dataset, cache: Cache, sight: Sight, folder: Path, tell: Callable[[str], None],
+    part: Part = "train", taken_bytes: int = 0,
+) -> Features:  # fmt: skip
+    """The pictures of one part of `data` behind the frozen part of `model`, in the mode that it is in.
 
-    `folder` is the run's own; `tell` hears, once each, what a person should know. Raises Refusal where nothing
-    frozen lies in front of what learns.
+    `folder` is the run's own; of the cache's room `taken_bytes` are promised already. Pictures to validate take half
+    of it at most, as float32, so that what is measured is the network itself. `tell` hears, once each, what a person
+    should know of the pictures to train. Raises Refusal where nothing frozen lies in front of what learns.
     """
-    cut, codec, pictures = find_cut(model, data.preprocess.shape), CODECS[cache.codec], data.train
+    training = part == "train"
+    cut, codec = find_cut(model, data.preprocess.shape), CODECS[cache.codec if training else "float32"]
+    pictures = data.train if training else data.val
     views = cache.views if sight.augment is not None else 1
     size = sum(codec.size(value.shape) for value in cut.values)
-    key = identity(model, cut, data, cache, sight)
-    path = Path(cache.folder or folder) / FILES.replace("*", key[:16])
+    key = identity(model, cut, data, codec, sight, part)
+    path = Path(cache.folder or folder) / f"{part}-{key[:16]}.cache"
     room = min(cache.size_bytes, room_on_disk(path)) if cache.keep == "disk" else cache.size_bytes
-    wanted, capacity = views * len(pictures), room // size
-    if capacity < wanted:
+    room = room - taken_bytes if training else room // 2
+    wanted, capacity = views * len(pictures), max(room, 0) // size
+    if training and capacity < wanted:
         tell(
-            f"the cache has room for {capacity} of {wanted} samples of {format_bytes(size)} "
-            f"({format_bytes(room)}): the others are computed; allow more with --cache-size, or fewer --cache-views"
+            f"the cache has room for {capacity} of {wanted} samples of {format_bytes(size)}: the others are computed; "
+            "allow more with --cache-size, or fewer --cache-views"
         )
     store: Store
     if cache.keep == "disk":
-        store = DiskStore(path, key, size, capacity, tell)
+        store = DiskStore(path, key, size, capacity, tell if training else _silent)
     else:
         store = MemoryStore(capacity)
     use = CacheUse(layers=cut.layers, sample_bytes=size)
     return Features(model, cut, pictures, sight, views, codec, store, use)
 
 
-def identity(model: nn.Module, cut: Cut, data: Dataset, cache: Cache, sight: Sight) -> str:
+def _silent(sentence: str) -> None:
+    """The pictures to train have said it already."""
+
+
+def identity(model: nn.Module, cut: Cut, data: Dataset, codec: Codec, sight: Sight, part: Part) -> str:
     """A hash of all that features depend on: the frozen part and its weights, the pictures and how they are seen."""
     digest = hashlib.sha256(cut.code.encode())
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -163,16 +191,16 @@ def identity(model: nn.Module, cut: Cut, data: Dataset, cache: Cache, sight: Sig
         if name in tensors:
             digest.update(_bytes(tensors[name]))
     probe = torch.rand((1, *data.preprocess.shape), generator=torch.Generator().manual_seed(0))
-    with torch.enable_grad():
+    with torch.set_grad_enabled(model.training):
         for value in cut.prefix(model, probe.to(next(model.parameters()))):
             digest.update(_bytes(value))
     seen_as = {
         "fingerprint": data.fingerprint,
         "preprocess": data.preprocess.model_dump(mode="json"),
         "augment": None if sight.augment is None else [sight.augment.model_dump(mode="json"), sight.seed],
-        "count": len(data.train),
+        "part": [part, data.counts[part]],
         "micro_batch": sight.micro_batch,
-        "codec": cache.codec,
+        "codec": codec.name,
         "torch": str(torch.__version__),
     }
     digest.update(json.dumps(seen_as, sort_keys=True).encode())

@@ -16,7 +16,7 @@ class Cache(Record):
 
     It stays in memory, or on disk in `folder` (None: in the run's own folder, until the run has finished), written
     by `codec`, in at most `size_bytes`; what does not fit is computed each time. With random views a picture has
-    `views` of them: epoch e shows view e modulo `views`.
+    `views` of them: epoch e shows view e modulo `views`. Pictures to validate are kept as float32.
     """
 
     keep: Literal["memory", "disk"] = "memory"
@@ -36,7 +36,8 @@ class Cache(Record):
 class CacheUse(Record):
     """What a cache did: `layers` end the frozen part, `found` pictures came from the cache, `computed` did not.
 
-    `stored` samples (a picture's views count apart) of `sample_bytes` each are kept.
+    `stored` samples (a picture's views count apart) of `sample_bytes` each are kept, and of pictures to validate
+    `validation_bytes`.
     """
 
     layers: tuple[str, ...]
@@ -44,6 +45,12 @@ class CacheUse(Record):
     stored: int = 0
     found: int = 0
     computed: int = 0
+    validation_bytes: int = 0
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all that is kept."""
+        return self.stored * self.sample_bytes + self.validation_bytes
 
     @property
     def hit_rate(self) -> float:

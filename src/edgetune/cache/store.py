@@ -20,7 +20,9 @@ CHECK_BYTES = 4
 
 
 class Store(Protocol):
-    """Samples of one size by slot number; those that do not fit are not kept."""
+    """Samples of one size by slot number; those from number `capacity` on are not kept."""
+
+    capacity: int
 
     @property
     def stored(self) -> int:

@@ -46,7 +46,7 @@ def result_lines(run: Run) -> list[Line]:
 
 def cache_lines(use: CacheUse) -> list[Line]:
     """What was kept of the frozen part, and how often it was found."""
-    kept = f"{format_bytes(use.stored * use.sample_bytes)}, {use.stored} samples"
+    kept = f"{format_bytes(use.stored_bytes)}, {use.stored} samples"
     return [
         Line("frozen part, kept", f"{kept} behind {', '.join(use.layers)}"),
         Line("pictures found in the cache", percent(use.hit_rate)),
