@@ -53,7 +53,7 @@ Folder = Annotated[
         "--cache-folder",
         metavar="FOLDER",
         show_default="the run's own, until it has finished",
-        help="Where --cache disk keeps its file, for other runs with the same frozen part, pictures and seed.",
+        help="Where --cache disk keeps its files, for other runs with the same frozen part, pictures and seed.",
     ),
 ]
 
