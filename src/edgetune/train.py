@@ -260,7 +260,7 @@ class _Job:
     def _train_planned(self) -> None:
         def saved(at: Position) -> None:
             write_tensors(self.folder / WEIGHTS, self.model.state_dict())
-            self.note(epochs=at.epochs, cached=leg.cached())
+            self.note(epochs=at.epochs, cached=leg.cached() or self.run.cached)
 
         leg = self._leg(self.model.train(), PLANNED, saved)
         self.note(status="running")
