@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib
 import itertools
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 from edgetune import loop
-from edgetune.cache import Cache, Features, open_features
+from edgetune.apply import apply
+from edgetune.cache import Cache, Features, Sight, open_features
 from edgetune.cache.codecs import CODECS
 from edgetune.contract import Method
 from edgetune.costs import Costs, costs_of
@@ -231,6 +233,35 @@ class TestWhatIsTrainedOn:
             start(tmp_path / name, Cache(codec=codec, size_bytes=size), progress=watch)
             assert len(watch.told) == 1 and words in watch.told[0]
             assert same(tmp_path / "all", tmp_path / name)
+
+    @pytest.mark.parametrize("room", [9, 19, 32])
+    def test_what_does_not_fit_is_computed_in_whole_batches(
+        self, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+    ) -> None:
+        """A cache of half the pictures halves the work, too."""
+        model = network()
+        plan = last_layers(trace(model, torch.zeros(SAMPLE)), 2, Exact())
+        apply(model, plan)
+        cache = Cache(codec="int8", size_bytes=room * CODECS["int8"].size((6, 16, 16)))
+        sight, watch, ran = Sight(0, None, BATCH, BATCH), Watch(), list[int]()
+        features = open_features(model.train(), digits, cache, sight, tmp_path, watch.tell)
+        prefix = features.cut.prefix
+
+        def counted(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            ran.append(len(x))
+            return prefix(model, x)
+
+        features.cut = dataclasses.replace(features.cut, prefix=counted)
+        outputs = []
+        for epoch in range(3):
+            ran.clear()
+            outputs.append(torch.cat([forward(x) for forward, x, _ in features.batches(epoch)]).detach())
+            order = torch.cat([x for _, x, _ in features.batches(epoch)])
+            outputs[-1] = outputs[-1][order.argsort()]
+            lacking = PICTURES if epoch == 0 else PICTURES - room
+            assert ran == [BATCH] * -(-lacking // BATCH)
+        assert all(torch.allclose(y, outputs[0], rtol=1e-5, atol=1e-6) for y in outputs)
+        assert (features.use.found, features.use.computed) == (2 * room, 3 * PICTURES - 2 * room)
 
     def test_lossy_codecs_change_little(self, start: Start, tmp_path: Path) -> None:
         losses = {}

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,8 @@ from edgetune.units import format_bytes
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 FILES = "*.cache"
+AHEAD = 8
+"""How many micro-batches are looked through for pictures to compute together."""
 Part = Literal["train", "val"]
 
 
@@ -56,6 +59,9 @@ class Features:
     store: Store
     use: CacheUse
     sizes: list[int] = field(init=False)
+    coming: list[int] = field(default_factory=list)
+    at: int = 0
+    ahead: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sizes = [self.codec.size(value.shape) for value in self.cut.values]
@@ -74,16 +80,21 @@ class Features:
         self, order: list[int], view: int, start: int
     ) -> Iterator[tuple[Forward, torch.Tensor, torch.Tensor]]:
         forward = partial(self.output, view)
+        parts = (part for batch in chunks(order, self.sight.batch_size, start)
+                 for part in chunks(batch, self.sight.micro_batch) if self._looks_up(part))  # fmt: skip
+        self.coming, self.at, self.ahead = [i for part in parts for i in part], 0, {}
         for chosen in chunks(order, self.sight.batch_size, start):
             yield forward, torch.tensor(chosen), torch.tensor([self.pictures.labels[i] for i in chosen])
 
     def output(self, view: int, numbers: torch.Tensor) -> torch.Tensor:
         """What the network gives for the pictures `numbers` (n), seen in `view`."""
         chosen = numbers.tolist()
-        whole = len(chosen) == self.sight.micro_batch
-        # a kernel may round differently at another batch size, and exactly means as without a cache
-        values = self._looked_up(view, chosen) if whole or not self.codec.exact else self._computed(view, chosen)
+        values = self._looked_up(view, chosen) if self._looks_up(chosen) else self._computed(view, chosen)
         return self.cut.suffix(self.model, *values)
+
+    def _looks_up(self, chosen: list[int]) -> bool:
+        # a kernel may round differently at another batch size, and exactly means as without a cache
+        return len(chosen) == self.sight.micro_batch or not self.codec.exact
 
     @property
     def room_bytes(self) -> int:
@@ -99,26 +110,42 @@ class Features:
             "found": self.use.found + found, "computed": self.use.computed + computed, "stored": self.store.stored})
 
     def _looked_up(self, view: int, chosen: list[int]) -> list[torch.Tensor]:
-        slots = {i: view * len(self.pictures) + i for i in chosen}
-        rows = {i: row for i in chosen if (row := self.store.read(slots[i])) is not None}
-        missing = [i for i in chosen if i not in rows]
+        self.at += len(chosen)
+        rows = {i: self.ahead.pop(i) for i in chosen if i in self.ahead}
+        found = {i: row for i in chosen if i not in rows and (row := self._read(view, i)) is not None}
+        missing = [i for i in chosen if i not in rows and i not in found]
         if missing:
-            for i, row in zip(missing, self._encoded(view, missing)):
-                self.store.write(slots[i], row)
-                rows[i] = row
-        self._count(len(chosen) - len(missing), len(missing))
+            self._compute(view, missing)
+            rows |= {i: self.ahead.pop(i) for i in missing}
+        self._count(len(found), len(rows))
+        rows |= found
         return self._decoded(torch.stack([rows[i] for i in chosen]))
 
-    def _encoded(self, view: int, missing: list[int]) -> torch.Tensor:
+    def _compute(self, view: int, missing: list[int]) -> None:
+        """Compute what is missing now and, as the batch has to have its usual size, what will be missing soon."""
+        soon = self.coming[self.at : self.at + AHEAD * self.sight.micro_batch]
+        more = (i for i in soon if i not in self.ahead and self._read(view, i) is None)
+        numbers = [*missing, *islice(more, self.sight.micro_batch - len(missing))]
+        for i, row in zip(numbers, self._encoded(view, numbers)):
+            self.store.write(self._slot(view, i), row)
+            self.ahead[i] = row
+
+    def _read(self, view: int, number: int) -> torch.Tensor | None:
+        return self.store.read(self._slot(view, number))
+
+    def _slot(self, view: int, number: int) -> int:
+        return view * len(self.pictures) + number
+
+    def _encoded(self, view: int, numbers: list[int]) -> torch.Tensor:
         """uint8 (n size) on the CPU; computed in a batch of the usual size, filled up with repetitions."""
-        x = self._seen(view, missing)
+        x = self._seen(view, numbers)
         values = self._prefix(x[torch.arange(self.sight.micro_batch) % len(x)])
         parts = []
         for value in values:
             kept = value[: len(x)].float()
             reason = self.codec.refuse(kept)
             if reason is not None:
-                names = ", ".join(f"'{self.pictures.names[i]}'" for i in missing[:3])
+                names = ", ".join(f"'{self.pictures.names[i]}'" for i in numbers[:3])
                 raise RunError(f"a picture among {names} {reason}: keep features with codec float32")
             parts.append(self.codec.encode(kept))
         return torch.cat(parts, 1).cpu()
