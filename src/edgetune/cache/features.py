@@ -47,7 +47,8 @@ class Sight:
 class Features:
     """Pictures behind the frozen part of `model`, by number; `use` counts what was found.
 
-    They are for the mode, training or evaluation, that the model was in when they were opened.
+    They are for the mode, training or evaluation, that the model was in when they were opened. `coming` are the
+    pictures that an epoch looks up, from place `at` on still to come; `ahead` those computed before their turn.
     """
 
     model: nn.Module
