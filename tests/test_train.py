@@ -498,6 +498,9 @@ class TestSurroundings:
             def epoch(self, number: int, row: Epoch) -> None:
                 seen.append(number)
 
+            def tell(self, sentence: str) -> None:
+                seen.append(sentence)
+
         start(tmp_path / "out", baseline=True, progress=Watch(),
               on_finish=lambda out, run: seen.append((out, run.status)))  # fmt: skip
         epochs = [entry for n in range(1, EPOCHS + 1) for entry in [*["step"] * 5, n]]

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from edgetune.cache import CacheUse
 from edgetune.cli.compare import _show
 from edgetune.cli.output import table
 from edgetune.cli.tables import result_table
@@ -97,6 +98,11 @@ def test_result_of_a_baseline_that_diverged(run: Run) -> None:
 
 def test_result_without_baseline_and_costs(run: Run) -> None:
     check("result_short", drawn(result_table(run.model_copy(update={"plain": None, "costs": None}))))
+
+
+def test_result_of_a_cached_run(run: Run) -> None:
+    use = CacheUse(layers=("features.15", "add_3"), sample_bytes=31360, stored=360, found=810, computed=90)
+    check("result_cached", drawn(result_table(run.model_copy(update={"cached": use}))))
 
 
 def test_profile() -> None:

@@ -80,6 +80,18 @@ class TestTrain:
         used = json.loads((tmp_path / "run" / "plan.json").read_text())
         assert {settings[0]["patch_px"] for settings in used["layers"].values()} == {4}
 
+    def test_a_cache_is_told_and_written_down(self, tmp_path: Path) -> None:
+        cached = ("--cache", "disk", "--cache-codec", "int8", "--cache-views", 2, "--cache-size", "3MiB")
+        done = run_verb("train", *QUICK, "--epochs", 3, "--limit", 20, *cached, "--out", tmp_path / "run")
+        assert done.exit_code == 0, done.output
+        run = json.loads((tmp_path / "run" / "run.json").read_text())
+        assert run["settings"]["cache"] == {
+            "keep": "disk", "codec": "int8", "size_bytes": 3 * 2**20, "views": 2, "folder": None}  # fmt: skip
+        assert (run["cached"]["found"], run["cached"]["computed"]) == (20, 40)
+        assert "40 samples behind" in done.stdout and "33.3 %" in done.stdout
+        assert "pictures found in the cache" in (tmp_path / "run" / "report.html").read_text()
+        assert not list((tmp_path / "run").glob("*.cache"))
+
     def test_names_the_folder_itself(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         assert answer("train", *QUICK, "--limit", 20)["folder"] == "runs/digits_net-digits-1"
