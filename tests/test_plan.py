@@ -1,62 +1,20 @@
-"""The planner: exact against brute force, never over its budget, clear where nothing fits."""
+"""The planner: never over its budget, clear where nothing fits."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 import edgetune as et
 from edgetune.errors import BudgetError, PlanError
-from edgetune.knapsack import Choice, best_choices
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.plan import Budget, last_layers, plan
 from edgetune.profile import measure, profile
 from nets import NETS, scramble
-
-shares = st.sampled_from([0.0, 0.25, 0.5, 1.0])
-choices = st.lists(st.builds(Choice, st.integers(0, 40), st.integers(0, 20).map(float), shares, st.booleans()),
-                   min_size=1, max_size=3)
-
-
-def total(taken: list[Choice]) -> float:
-    """Gains of a run of layers, each times what the layers behind it let pass."""
-    gain = 0.0
-    for choice in taken:
-        gain = choice.gain + choice.passes * gain
-    return gain
-
-
-@given(st.lists(choices, min_size=1, max_size=5), st.integers(0, 100))
-def test_knapsack_is_as_good_as_trying_everything(layers: list[list[Choice]], room: int) -> None:
-    """Buckets of one byte, so that nothing is rounded: the gain equals the best of all combinations at all depths."""
-    layers = [[c if c.learns else replace(c, gain=0.0) for c in own] for own in layers]
-    gain, picked = best_choices(layers, room, buckets=max(room, 1))
-    best = 0.0
-    for depth in range(len(layers)):
-        for combination in itertools.product(*layers[depth:]):
-            if combination[0].learns and sum(c.weight_bytes for c in combination) <= room:
-                best = max(best, total(list(combination)))
-    taken = [layer[pick] for layer, pick in zip(layers, picked, strict=True) if pick is not None]
-    assert gain == pytest.approx(best) and total(taken) == pytest.approx(best)
-    assert sum(c.weight_bytes for c in taken) <= room
-    behind = [pick is not None for pick in picked]
-    assert behind == sorted(behind) and (not taken or taken[0].learns)
-
-
-@given(st.integers(1, 10**9))
-def test_knapsack_never_exceeds_the_capacity_by_rounding(capacity: int) -> None:
-    layers = [[Choice(capacity // 3 + 1, 1.0), Choice(7, 0.0, 1.0, learns=False)] for _ in range(4)]
-    _, picked = best_choices(layers, capacity, buckets=64)
-    taken = sum(layers[i][p].weight_bytes for i, p in enumerate(picked) if p is not None)
-    assert taken <= capacity
 
 
 @pytest.fixture(scope="module")
