@@ -90,6 +90,11 @@ class Prospect:
         made = draft(self.graph, settings, frozenset(learning))
         return Found(picked, total_of(choices, picked), self.in_parts(made, micro))
 
+    def timed(self, found: Found) -> Found:
+        """The same choice, with its time."""
+        micro = found.made.micro_batch or len(self.sample)
+        return self.found(self.choices(micro, timed=True), found.picked, micro)
+
     def choices(self, micro: int, timed: bool) -> list[list[Choice]]:
         """The choices of every convolution, input to output; with times of a whole step where `timed`."""
         return [self._choices(index, micro, timed) for index in range(len(self.convs))]
