@@ -32,14 +32,15 @@ class Front(Record):
 
 
 def front(planner: Planner, budget: Budget, chosen: Found | None = None, points: int = POINTS) -> Front:
-    """Plan for `points` memory budgets, from the head alone to everything exact, and for as many times.
+    """Plan for `points` memory budgets, from the head alone to everything exact in the smallest parts, and for as many
+    times.
 
     The times keep within `budget.memory_bytes` where that is given. Layers are timed, but no plan is tried by a real
     step.
     """
     prospect = planner.prospect
     exact = prospect.solve(None, None, planner.batch, timed=True)
-    least, most = prospect.predicted_peak(prospect.head, 1), prospect.predicted_peak(exact.made, planner.batch)
+    least, most = (prospect.predicted_peak(made, 1) for made in (prospect.head, exact.made))
     by_memory = []
     for share in _shares(points):
         memory = int(least ** (1 - share) * most ** share / MARGIN) + 1
@@ -51,8 +52,10 @@ def front(planner: Planner, budget: Budget, chosen: Found | None = None, points:
     micro = planner.micro_batch(Budget(memory_bytes=budget.memory_bytes))
     allowed = None if budget.memory_bytes is None else int(budget.memory_bytes * MARGIN)
     by_time = [point(planner, planner.fill(allowed, share ** 2 * exact.total.ms, micro)) for share in _shares(points)]
-    return Front(by_memory=_unbeaten(by_memory, "memory_bytes"), by_time=_unbeaten(by_time, "step_ms"),
-                 chosen=None if chosen is None else point(planner, planner.prospect.timed(chosen)))
+    made = None if chosen is None else point(planner, prospect.timed(chosen))
+    own = [] if made is None else [made]
+    return Front(by_memory=_unbeaten([*by_memory, *own], "memory_bytes"),
+                 by_time=_unbeaten([*by_time, *own], "step_ms"), chosen=made)
 
 
 def point(planner: Planner, found: Found) -> Point:

@@ -22,6 +22,9 @@ from edgetune.profile import measured_ms, measured_peak, predicted_peak, profile
 from edgetune.stopwatch import Laps, Progress, layer_times, samples_for
 
 Picks = Sequence[int | None]
+Added = dict[Method, dict[str, tuple[float, float, float]]]
+"""What each convolution, with the calls up to the next, adds to a step beyond its forward pass: as the first that
+learns, as one behind it, and where it only passes the gradient; milliseconds by method and node."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Prospect:
                  batch: tuple[torch.Tensor, torch.Tensor] | None, progress: Progress | None) -> None:
         self.model, self.sample, self.methods, self.copies = model, sample, tuple(methods), optimizer_copies
         self.progress = progress
+        self._laps: dict[int, dict[Method, dict[str, Laps]]] = {}
         self.graph = trace(model, sample[:1]).model_copy(update={"input_shape": tuple(sample.shape)})
         self.convs = self.graph.layers("conv")
         whole = [last_layers(self.graph, None, method) for method in self.methods]
@@ -55,12 +59,13 @@ class Prospect:
                       for method in self.methods}
         self.head = draft(self.graph, {}, frozenset())
 
-    @cached_property
-    def clock(self) -> tuple[int, dict[Method, dict[str, Laps]]]:
-        """Samples that were timed, and the laps of every call by every method."""
-        samples = samples_for(self.graph, len(self.sample))
-        return samples, layer_times(self.model, self.graph, self.whole, samples, progress=self.progress,
-                                    channels_last=kernels.is_channels_last(self.sample))
+    def laps(self, micro: int) -> tuple[int, dict[Method, dict[str, Laps]]]:
+        """Samples that were timed, a micro-batch if that is quick enough; laps of every call by every method."""
+        samples = samples_for(self.graph, micro)
+        if samples not in self._laps:
+            self._laps[samples] = layer_times(self.model, self.graph, self.whole, samples, progress=self.progress,
+                                              channels_last=kernels.is_channels_last(self.sample))
+        return samples, self._laps[samples]
 
     @cached_property
     def most_gain(self) -> float:
@@ -97,9 +102,10 @@ class Prospect:
 
     def choices(self, micro: int, timed: bool) -> list[list[Choice]]:
         """The choices of every convolution, input to output; with times of a whole step where `timed`."""
-        return [self._choices(index, micro, timed) for index in range(len(self.convs))]
+        added = self._added_ms(micro) if timed else None
+        return [self._choices(index, micro, added) for index in range(len(self.convs))]
 
-    def _choices(self, index: int, micro: int, timed: bool) -> list[Choice]:
+    def _choices(self, index: int, micro: int, added: Added | None) -> list[Choice]:
         call = self.convs[index]
         params = 4 * (1 + self.copies) * sum(math.prod(call.param_shapes[role]) for role in ("weight", "bias")
                                              if role in call.params)
@@ -108,18 +114,15 @@ class Prospect:
             own, after = self.kept[method][call.node]
             faith, passes = self.faith[method][index]
             worth = self.worth.importance.get(call.name, 0.0) * faith
-            first, inner, through = self._added_ms[method][call.node] if timed else (0.0, 0.0, 0.0)
+            first, inner, through = (0.0, 0.0, 0.0) if added is None else added[method][call.node]
             learning.append(Choice((own + after) * micro + params, worth, passes, ms=inner, first_ms=first))
             passing.append(Choice(after * micro, 0.0, passes, learns=False, ms=through))
         return [*learning, *passing]
 
-    @cached_property
-    def _added_ms(self) -> dict[Method, dict[str, tuple[float, float, float]]]:
-        """What each convolution, with the calls up to the next, adds to a step beyond its forward pass: as the first
-        that learns, as one behind it, and where it only passes the gradient."""
-        samples, laps = self.clock
+    def _added_ms(self, micro: int) -> Added:
+        samples, laps = self.laps(micro)
         scale = len(self.sample) / samples
-        added: dict[Method, dict[str, tuple[float, float, float]]] = {}
+        added: Added = {}
         for method, own in laps.items():
             passing = self._by_conv({node: lap.passing_ms - lap.frozen_ms for node, lap in own.items()})
             learning = {node: lap.learning_ms - lap.passing_ms for node, lap in own.items()}

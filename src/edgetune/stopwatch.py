@@ -138,8 +138,8 @@ def _measure(shop: _Shop, keys: Mapping[Method, Keyed], plans: Mapping[Method, P
 
 def _run(shop: _Shop, segment: Segment, learned: frozenset[str], rounds: int) -> dict[str, Laps]:
     """The quickest of some rounds, call by call: what disturbs a round only ever adds to it."""
-    shapes = {**{"x": segment.calls[0].in_shapes[0]}, **{call.node: call.out_shape for call in shop.graph.calls}}
-    xs = [shop.draw(shapes[node]) for node in segment.inputs]
+    shapes, first = {call.node: call.out_shape for call in shop.graph.calls}, segment.calls[0]
+    xs = [shop.draw(shapes[node] if first.inputs else first.in_shapes[0]) for node in segment.inputs]
     gys = [shop.draw(shapes[node]) for node in segment.outputs]
     params = {name: shop.tensors[name].detach() for name in segment.params}
     weights = {name for call in segment.calls if call.kind == "conv" for name in call.params.values()}

@@ -108,12 +108,13 @@ def reasons_table(reasons: Reasons) -> Table:
 
 
 def reasons_facts(reasons: Reasons) -> list[tuple[str, str]]:
-    """What the plan gains of all there is, and what a little more of each limit would add."""
+    """What the plan gains of all there is, and what a little more of each limit would add to that."""
     facts = [("benefit", f"{100 * reasons.benefit:.1f} % of what learning everything exactly would gain")]
     if reasons.benefit_per_byte is not None:
-        facts.append(("one MiB more", f"{100 * MIB * reasons.benefit_per_byte:+.2g} points at the margin"))
+        unit = next((unit for unit in (MIB, KIB) if unit * reasons.benefit_per_byte < 0.1), 1)
+        facts.append((f"{format_bytes(unit)} more", f"{100 * unit * reasons.benefit_per_byte:+.3f} points"))
     if reasons.benefit_per_ms is not None:
-        facts.append(("one ms more", f"{100 * reasons.benefit_per_ms:+.2g} points at the margin"))
+        facts.append(("1 ms more", f"{100 * reasons.benefit_per_ms:+.3f} points"))
     return facts
 
 
