@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import edgetune as et
+from edgetune import kernels
 from edgetune.errors import BudgetError, PlanError
 from edgetune.knapsack import total_of
 from edgetune.methods.backward.exact import Exact
@@ -40,7 +41,9 @@ def test_plans_hold_their_budget_when_measured(case: tuple[nn.Module, torch.Tens
 
 def test_more_memory_never_learns_less(case: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
     model, x, y = case
-    head = profile(model, x[:1], last_layers(et.trace(model, x), 0, Exact())).peak_bytes
+    with pytest.raises(BudgetError) as refused:
+        plan(model, x, Budget(memory_bytes=64), (x, y))
+    head = int(str(refused.value).rpartition("(")[2].split()[0])
     counts = [len(plan(model, x, Budget(memory_bytes=int(head * share)), (x, y)).learned()) for share in (1.3, 3, 90)]
     assert counts == sorted(counts) and counts[0] < counts[-1]
 
@@ -63,6 +66,7 @@ def test_an_impossible_budget_says_the_smallest_that_works(case: tuple[nn.Module
 def planner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planner]:
     """A planner whose clock counts multiply-accumulates, so that its times are the same on every machine."""
     torch.manual_seed(3)
+    kernels.status()  # compiled before, in the usual folder
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         with MacClock(patch):
@@ -102,8 +106,8 @@ def test_time_chooses_cheaper_methods_before_it_freezes(planner: Planner) -> Non
 def test_both_budgets_hold(planner: Planner) -> None:
     prospect = planner.prospect
     peak, step_ms = prospect.measured_peak(planner.plan(Budget())), between(planner, 0.6)
-    made = planner.plan(Budget(memory_bytes=int(0.6 * peak), step_ms=step_ms))
-    assert prospect.measured_peak(made) <= 0.6 * peak and prospect.measured_ms(made) <= step_ms
+    made = planner.plan(Budget(memory_bytes=int(0.7 * peak), step_ms=step_ms))
+    assert prospect.measured_peak(made) <= 0.7 * peak and prospect.measured_ms(made) <= step_ms
     assert any("weight" in roles for layer, roles in made.learns.items() if layer in made.layers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import edgetune as et
-from edgetune import stopwatch
+from edgetune import kernels, stopwatch
 from edgetune.draft import last_layers
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
@@ -27,6 +28,7 @@ METHODS = (Exact(), PooledChain(patch_px=2))
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of this test's own."""
+    kernels.status()  # compiled before, in the usual folder
     monkeypatch.setenv("EDGETUNE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -144,7 +146,8 @@ def test_processes_may_write_at_once(folder: Path) -> None:
         "    s._remember(file, {f'{sys.argv[1]} {n}': lap})\n"
         "    s.Times.load(file)\n"
     )
-    both = [subprocess.Popen([sys.executable, "-c", code, name], stderr=subprocess.PIPE, text=True) for name in "ab"]
+    both = [subprocess.Popen([sys.executable, "-c", code, name], stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, "EDGETUNE_NATIVE": "0"}) for name in "ab"]
     assert [process.communicate()[1] for process in both] == ["", ""]
     (file,) = folder.glob("times-*")
     names = {key.split()[0] for key in Times.load(file).laps}

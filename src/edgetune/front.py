@@ -45,11 +45,11 @@ def front(planner: Planner, budget: Budget, chosen: Found | None = None, points:
     for share in _shares(points):
         memory = int(least ** (1 - share) * most ** share / MARGIN) + 1
         try:
-            micro = planner.micro_batch(Budget(memory_bytes=memory))
+            micro, _ = planner.micro_batch(Budget(memory_bytes=memory))
         except BudgetError:
             continue
         by_memory.append(point(planner, planner.fill(int(memory * MARGIN), None, micro, timed=True)))
-    micro = planner.micro_batch(Budget(memory_bytes=budget.memory_bytes))
+    micro, _ = planner.micro_batch(Budget(memory_bytes=budget.memory_bytes))
     allowed = None if budget.memory_bytes is None else int(budget.memory_bytes * MARGIN)
     by_time = [point(planner, planner.fill(allowed, share ** 2 * exact.total.ms, micro)) for share in _shares(points)]
     made = None if chosen is None else point(planner, prospect.timed(chosen))

@@ -28,8 +28,8 @@ MARGIN = 0.97
 """Share of the budget that a prediction may fill: predicted and measured peaks differ by less than the rest."""
 NEAR = 0.8
 """A larger micro-batch is taken where it gains at least this share of what the best one does."""
-ROUNDS = 6
-"""How many plans are tried by a real step, at most."""
+ROUNDS, TIMED_ROUNDS = 6, 4
+"""How many plans are tried by a real step, at most: for its memory, for its time."""
 
 
 class Budget(Record):
@@ -70,28 +70,41 @@ class Planner:
         return self.find(budget).made
 
     def find(self, budget: Budget) -> Found:
-        """The plan with its choices and what they sum to by prediction; the budget is held by real steps."""
-        micro = self.micro_batch(budget)
-        if budget.step_ms is None:
-            return self._hold_bytes(budget.memory_bytes, None, micro)
-        return self._hold_both(budget.memory_bytes, budget.step_ms, micro)
+        """The plan with its choices and what they sum to by prediction; the budget is held by real steps.
 
-    def micro_batch(self, budget: Budget) -> int:
-        """The largest micro-batch whose gain comes near the best one's: smaller ones cost time.
+        Where a real step takes so much more memory than predicted that too little is left to gain, smaller
+        micro-batches are tried.
+        """
+        micro, expected = self.micro_batch(budget)
+        best: Found | None = None
+        while True:
+            found = self._hold(budget, micro)
+            if found is not None and (best is None or found.total.gain > best.total.gain):
+                best = found
+            enough = best is not None and (budget.step_ms is not None or best.total.gain >= NEAR * expected)
+            if budget.memory_bytes is None or enough or micro == 1:
+                break
+            micro //= 2
+        if best is None:
+            if budget.step_ms is not None and self._head(budget.memory_bytes, micro) is not None:
+                self._spare_ms(budget.step_ms, micro)  # raises: parts as small as the memory asks for take too long
+            raise self._too_little(budget.memory_bytes)
+        return best
+
+    def micro_batch(self, budget: Budget) -> tuple[int, float]:
+        """The largest micro-batch whose gain comes near the best one's, as smaller ones cost time; and its gain.
 
         Raises BudgetError where the head alone takes more memory or time than there is.
         """
         spare = {self.batch: None} if budget.memory_bytes is None else self._spare_bytes(budget.memory_bytes)
-        order = list(spare)
-        at, spare_ms = 0, None
-        if budget.step_ms is not None:
-            spare_ms = self._spare_ms(budget.step_ms, order[0])
-        if len(order) > 1:
+        order, at, gains = list(spare), 0, [0.0]
+        spare_ms = None if budget.step_ms is None else self._spare_ms(budget.step_ms, order[0])
+        if budget.memory_bytes is not None:
             gains = [self.prospect.solve(spare[micro], spare_ms, micro).total.gain for micro in order]
             at = next(i for i, gain in enumerate(gains) if gain >= NEAR * max(gains))
         while budget.step_ms is not None and at and self.head_ms(order[at]) > budget.step_ms:
             at -= 1
-        return order[at]
+        return order[at], gains[at]
 
     def _spare_bytes(self, memory_bytes: int) -> dict[int, float | None]:
         """Micro-batches with which the head can learn, largest first, and about how many bytes each leaves."""
@@ -104,10 +117,14 @@ class Planner:
                 spare[micro] = left
             micro //= 2
         if not spare:
-            smallest = int(least / MARGIN) + 1
-            raise BudgetError(f"{format_bytes(memory_bytes)} is too little to train even the last layer: "
-                              f"the smallest budget that works here is {format_bytes(smallest)} ({smallest} bytes)")
+            raise self._too_little(memory_bytes)
         return spare
+
+    def _too_little(self, memory_bytes: int | None) -> BudgetError:
+        head = self.prospect.nothing(1).made
+        smallest = max(int(self.prospect.predicted_peak(head, 1) / MARGIN) + 1, self.prospect.measured_peak(head))
+        return BudgetError(f"{format_bytes(memory_bytes or 0)} is too little to train even the last layer: the "
+                           f"smallest budget that works here is {format_bytes(smallest)} ({smallest} bytes)")
 
     def _spare_ms(self, step_ms: float, micro: int) -> float:
         """What a step may take beyond one in which only the head learns. Raises BudgetError where nothing is left."""
@@ -145,7 +162,15 @@ class Planner:
             capacity += spare if spare >= 0 else int(1.05 * spare)
         return best
 
-    def _hold_bytes(self, memory_bytes: int | None, spare_ms: float | None, micro: int) -> Found:
+    def _hold(self, budget: Budget, micro: int) -> Found | None:
+        """The best plan that real steps show to keep to the budget; None where not even the head does."""
+        if budget.step_ms is None:
+            return self._hold_bytes(budget.memory_bytes, None, micro)
+        if self.head_ms(micro) > budget.step_ms:
+            return None
+        return self._hold_ms(budget.memory_bytes, budget.step_ms, micro)
+
+    def _hold_bytes(self, memory_bytes: int | None, spare_ms: float | None, micro: int) -> Found | None:
         """Fill the memory by prediction, then hold it by one real step: what the device says has the last word."""
         if memory_bytes is None:
             return self.fill(None, spare_ms, micro)
@@ -156,19 +181,25 @@ class Planner:
             if took <= memory_bytes:
                 return found
             allowed *= 0.99 * memory_bytes / took
-        return self.prospect.nothing(micro)
+        return self._head(memory_bytes, micro)
 
-    def _hold_both(self, memory_bytes: int | None, step_ms: float, micro: int) -> Found:
+    def _head(self, memory_bytes: int | None, micro: int) -> Found | None:
+        """The plan in which only the head learns, if a real step keeps to the memory."""
+        head = self.prospect.nothing(micro)
+        fits = memory_bytes is None or self.prospect.measured_peak(head.made) <= memory_bytes
+        return head if fits else None
+
+    def _hold_ms(self, memory_bytes: int | None, step_ms: float, micro: int) -> Found | None:
         """Fill the time by what layers take alone, then by what a real step shows them to take together.
 
         A step that takes too long is taken back, one that leaves time is added to; of those that hold, the one that
-        gains most is the answer, and the head alone holds always.
+        gains most is the answer.
         """
-        best, spare, head = self.prospect.nothing(micro), self._spare_ms(step_ms, micro), self.head_ms(micro)
-        wanted = spare
-        for _ in range(ROUNDS):
+        best, head = self._head(memory_bytes, micro), self.head_ms(micro)
+        spare = wanted = self._spare_ms(step_ms, micro)
+        for _ in range(TIMED_ROUNDS if best is not None else 0):
             found = self._hold_bytes(memory_bytes, spare, micro)
-            if found.made == best.made or not found.total.learns:
+            if best is None or found is None or found.made == best.made:
                 break
             took = self.prospect.measured_ms(found.made)
             real = max((took - head) / max(found.total.ms, 1e-6), 0.1)

@@ -94,7 +94,7 @@ def reasons_table(reasons: Reasons) -> Table:
         (
             reason.layer,
             f"{100 * reason.importance:.1f} %",
-            " · ".join(f"{way.fidelity:.2f}" for way in reason.ways),
+            " · ".join(f"{way.fidelity:.2f}".removeprefix("0") for way in reason.ways),
             " · ".join(f"{way.memory_bytes / KIB:.0f}" for way in reason.ways),
             *([" · ".join(f"{way.ms or 0:.1f}" for way in reason.ways)] if timed else []),
             _chosen(reason.ways, reason.way, reason.learns),
@@ -102,7 +102,7 @@ def reasons_table(reasons: Reasons) -> Table:
         )
         for reason in reasons.layers
     ]
-    columns = ("layer", "importance", "fidelity", "KiB", *(["ms"] if timed else []), "chosen", "otherwise")
+    columns = ("layer", "importance", "fidelity", "KiB", *(["ms"] if timed else []), "chosen", "otherwise, points")
     order = " · ".join(_chosen(ways, number, True) for number in range(len(ways)))
     return table(f"why, by method: {order}", columns, rows)
 
@@ -126,7 +126,8 @@ def _chosen(ways: tuple[Way, ...], number: int | None, learns: bool) -> str:
         return FROZEN
     way = ways[number]
     label = describe(known_methods()[way.method](**way.settings), ("weight",) if learns else ()).label
-    return "passes on only, exact" if label == FROZEN else label.removeprefix("filtered, ")
+    label = "passes on only, exact" if label == FROZEN else label.removeprefix("filtered, ")
+    return label.replace("passes on only, ", "passes, ")
 
 
 def _otherwise(reason: Reason) -> str:
@@ -134,7 +135,7 @@ def _otherwise(reason: Reason) -> str:
     if other is None:
         return "-"
     sign = "+" if other.memory_bytes >= 0 else "-"
-    told = f"{_chosen(reason.ways, other.way, other.learns)}: {100 * other.benefit:+.1f} points, "
+    told = f"{_chosen(reason.ways, other.way, other.learns)}: {100 * other.benefit:+.1f}, "
     told += f"{sign}{format_bytes(abs(other.memory_bytes))}"
     return told if other.ms is None else f"{told}, {other.ms:+.1f} ms"
 
