@@ -47,6 +47,7 @@ class Prospect:
         self.model, self.sample, self.methods, self.copies = model, sample, tuple(methods), optimizer_copies
         self.progress = progress
         self._laps: dict[int, dict[Method, dict[str, Laps]]] = {}
+        self._peaks: dict[str, int] = {}
         self.graph = trace(model, sample[:1]).model_copy(update={"input_shape": tuple(sample.shape)})
         self.convs = self.graph.layers("conv")
         whole = [last_layers(self.graph, None, method) for method in self.methods]
@@ -157,8 +158,11 @@ class Prospect:
 
     def predicted_peak(self, made: Plan, micro: int) -> int:
         """Training memory of a plan at its peak, bytes."""
-        return predicted_peak(self.model, self.sample, self.in_parts(made, micro), self.graph,
-                              optimizer_copies=self.copies)
+        made = self.in_parts(made, micro)
+        key = made.model_dump_json()
+        if key not in self._peaks:
+            self._peaks[key] = predicted_peak(self.model, self.sample, made, self.graph, optimizer_copies=self.copies)
+        return self._peaks[key]
 
     def measured_peak(self, made: Plan) -> int:
         """The same by a real step."""
