@@ -54,7 +54,7 @@ class Reason(Record):
 
 class Reasons(Record):
     """A whole plan: `benefit` is the share of what learning everything exactly would gain; `benefit_per_byte` and
-    `benefit_per_ms` are what a little more of each would add, None where that was not limited."""
+    `benefit_per_ms` are what a little more of each would add, None where that was not limited or nothing learns."""
 
     layers: tuple[Reason, ...]
     benefit: float
@@ -81,8 +81,8 @@ def explain(planner: Planner, found: Found, *, bytes_limited: bool, ms_limited: 
                                                                   ms_limited)))
     per_byte, per_ms = (price / whole for price in prices)
     return Reasons(layers=tuple(reasons), benefit=found.total.gain / whole,
-                   benefit_per_byte=per_byte if bytes_limited else None,
-                   benefit_per_ms=per_ms if ms_limited else None)
+                   benefit_per_byte=per_byte if bytes_limited and found.total.learns else None,
+                   benefit_per_ms=per_ms if ms_limited and found.total.learns else None)
 
 
 def _way(pick: int | None, methods: int) -> tuple[int | None, bool]:

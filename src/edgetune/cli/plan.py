@@ -33,7 +33,7 @@ EXAMPLES = (
         "choose for every layer, under a budget",
     ),
     ("edgetune plan --method pooled_chain --patch-px 4 --last 6", "the last six convolutions, filtered at 4 px"),
-    ("edgetune plan --memory 1MiB --step-ms 30 --explain", "why each layer got what it got, under both limits"),
+    ("edgetune plan --memory 1MiB --step-ms 60 --explain", "why each layer got what it got, under both limits"),
     ("edgetune plan --memory 1MiB --pareto front.svg", "what more or less memory and time would bring, as a picture"),
     ("edgetune train --plan plan.json", "train by the plan, edited or not"),
 )

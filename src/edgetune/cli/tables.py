@@ -94,9 +94,9 @@ def reasons_table(reasons: Reasons) -> Table:
         (
             reason.layer,
             f"{100 * reason.importance:.1f} %",
-            " · ".join(f"{way.fidelity:.2f}".removeprefix("0") for way in reason.ways),
-            " · ".join(f"{way.memory_bytes / KIB:.0f}" for way in reason.ways),
-            *([" · ".join(f"{way.ms or 0:.1f}" for way in reason.ways)] if timed else []),
+            " ".join(f"{way.fidelity:.2f}".removeprefix("0") for way in reason.ways),
+            " ".join(f"{way.memory_bytes / KIB:.0f}" for way in reason.ways),
+            *([" ".join(f"{way.ms or 0:.1f}" for way in reason.ways)] if timed else []),
             _chosen(reason.ways, reason.way, reason.learns),
             _otherwise(reason),
         )
