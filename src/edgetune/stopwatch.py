@@ -2,8 +2,9 @@
 
 The segments that a plan makes run alone, forward and backward, through the very rules that train; the time of a
 segment of several calls is split at the moments at which its host goes on to the next call. Layers of one geometry are
-timed once. What was found stands in a file of the user's cache folder, one a machine, number of threads, version of
-torch and kernel library; a damaged file is measured anew, and one that cannot be written is only not remembered.
+timed once. What was found stands in a file of the user's cache folder, one a machine, number of threads, versions of
+edgetune and torch, and kernel library; a damaged file is measured anew, and one that cannot be written is only not
+remembered.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -194,7 +196,8 @@ def _file(device: torch.device) -> Path:
     status = build.status()
     library = Path(status.path).name if status.path is not None else "torch alone"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    facts = repr((build.cpu(), torch.get_num_threads(), str(torch.__version__), library, where))
+    versions = (metadata.version("edgetune"), str(torch.__version__))
+    facts = repr((build.cpu(), torch.get_num_threads(), versions, library, where))
     return build.cache_folder() / f"times-{hashlib.sha256(facts.encode()).hexdigest()[:20]}.json"
 
 
