@@ -15,8 +15,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
     "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "contract", "hosts",
-    "methods", "route", "apply", "allocator", "scratch", "meter", "profile", "calibrate", "knapsack", "plan", "models",
-    "data", "cache", "costs", "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
+    "methods", "route", "apply", "allocator", "scratch", "meter", "profile", "stopwatch", "draft", "calibrate",
+    "knapsack", "prospect", "plan", "reasons", "front", "models", "data", "cache", "costs", "run", "loop", "train",
+    "report", "bench", "doctor", "cli", "__main__",
 ]  # fmt: skip
 BASICS = {"errors", "units", "shapes", "record"}
 NARROW = {"models": BASICS, "data": BASICS}

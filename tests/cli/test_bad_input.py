@@ -144,6 +144,15 @@ class TestNames:
         assert "method 'exact' has no --patch-px" in refusal("train", "--method", "exact", "--patch-px", 2)
         assert "--taps some does not hold" in refusal("train", "--method", "pooled_chain", "--taps", "some")
 
+    @pytest.mark.parametrize("words", [("--explain",), ("--pareto", "front.svg")])
+    def test_plans_made_by_hand_have_no_reasons(self, words: tuple[str, ...], out: Path) -> None:
+        assert "leave them out, or leave out --method" in refusal("plan", "--last", 2, *words, "--out", out)
+        assert not out.exists()
+
+    def test_pictures_of_another_kind(self, out: Path) -> None:
+        assert "ends in .svg or .png" in refusal("plan", "--pareto", "front.gif", "--out", out)
+        assert not out.exists()
+
     def test_suite(self) -> None:
         assert refusal("bench", "layer") == "suite 'layer' is unknown: did you mean layers?"
         assert "has no option 'sice'" in refusal("bench", "steps", "--set", "sice=3")

@@ -157,6 +157,19 @@ class TestInform:
         assert told["predicted"]["peak_bytes"] <= 900 * 1024
         assert json.loads((tmp_path / "p.json").read_text()) == told["plan"]
 
+    def test_plan_tells_reasons_and_front(self, tmp_path: Path) -> None:
+        picture = tmp_path / "front.svg"
+        words = ("plan", "--memory", "900KiB", "--batch-size", 8, "--limit", 40, "--out", tmp_path / "p.json")
+        told = answer(*words, "--explain", "--pareto", picture)
+        assert told["reasons"]["benefit_per_byte"] >= 0 and told["reasons"]["benefit_per_ms"] is None
+        assert told["reasons"]["layers"][0]["layer"] == "features.0.0"
+        assert told["front"]["chosen"]["benefit"] == told["reasons"]["benefit"]
+        assert told["front"]["chosen"]["memory_bytes"] == told["predicted"]["peak_bytes"]
+        assert len(told["front"]["by_memory"]) > 1 and len(told["front"]["by_time"]) > 1
+        drawn = picture.read_text()
+        assert drawn.count("<svg") == 1 and "Benefit by memory" in drawn and "Benefit by time" in drawn
+        assert "the plan" in drawn
+
     def test_json_goes_to_a_file_or_out(self, tmp_path: Path) -> None:
         done = run_verb("list", "--json", tmp_path / "l.json")
         assert (done.exit_code, done.stdout) == (0, "")
