@@ -172,7 +172,7 @@ class Quantized:
         if isinstance(layer, Conv):
             taps = self.tensors[f"{layer.name}.weight"][0].numel()
             limit = int(self.tensors[f"{layer.name}.bias"].abs().max())
-            if limit > BIAS_LIMIT or taps * WEIGHT_LIMIT * 255 + BIAS_LIMIT >= 2**31:
+            if limit > BIAS_LIMIT or taps * WEIGHT_LIMIT * 255 + BIAS_LIMIT >= 2**31 - 128:
                 raise ModelError(f"layer '{layer.name}' can leave a 32-bit accumulator ({taps} taps, bias up to "
                                  f"{limit}): split the layer, or leave the network in float")
 

@@ -56,8 +56,8 @@ class ConvRule:
     def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors, needs: Needs) -> Forward:
         x, by = xs[0], (per_channel(params["multiplier"]), per_channel(params["shift"]))
         weight, bias = whole(params, "weight", WEIGHT_LIMIT), whole(params, "bias", BIAS_LIMIT)
-        acc = integer.accumulate(x, weight, bias, self.source.zero_point, self.layer.geometry)
-        before = integer.requantize(acc, by) + self.layer.out.zero_point
+        before = integer.conv(x, weight, bias, self.source.zero_point, self.layer.geometry, by)
+        before += self.layer.out.zero_point
         kept = {}
         if needs.inputs[0] or needs.params:
             kept["mask"] = inside(before, self.layer)
@@ -91,7 +91,7 @@ class AddRule:
     sources: tuple[Quantization, Quantization]
 
     def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors, needs: Needs) -> Forward:
-        before = integer.add(xs[0], xs[1], *self.sources, self.layer.out)
+        before = integer.add(xs[0], xs[1], *self.sources, self.layer.out) + self.layer.out.zero_point
         return (clamp(before, self.layer, xs[0]),), {"mask": inside(before, self.layer)} if any(needs.inputs) else {}
 
     def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
@@ -111,7 +111,7 @@ class MeanRule:
     source: Quantization
 
     def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors, needs: Needs) -> Forward:
-        before = integer.mean(xs[0], self.source, self.layer.out)
+        before = integer.mean(xs[0], self.source, self.layer.out) + self.layer.out.zero_point
         kept = {"size": xs[0].new_empty((*xs[0].shape[2:], 0))}
         if needs.inputs[0]:
             kept["mask"] = inside(before, self.layer)
