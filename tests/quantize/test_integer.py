@@ -63,11 +63,11 @@ class TestConv:
         zero = int(random.integers(-128, 128))
         scale = random.uniform(1e-5, 1e-2, geometry.out_channels)
         acc = reference.conv(x, weight, bias, zero, geometry)
-        wanted = [[[[reference.requantize(v, s) for v in row] for row in m] for m, s in zip(maps, scale)] for maps in acc]
         by = integer.fixed_point(torch.tensor(scale).view(1, -1, 1, 1))
-        tensors = [torch.from_numpy(each) for each in (x, weight, bias)]
-        got = integer.conv(tensors[0].float(), tensors[1].to(torch.int8), tensors[2].to(torch.int32), zero, geometry, by)
-        assert got.tolist() == wanted
+        x, weight, bias = torch.tensor(x).float(), torch.tensor(weight).to(torch.int8), torch.tensor(bias).int()
+        got = integer.conv(x, weight, bias, zero, geometry, by)
+        for n, o, p, q in np.ndindex(*acc.shape):
+            assert int(got[n, o, p, q]) == reference.requantize(acc[n, o, p, q], float(scale[o]))
 
     @pytest.mark.parametrize("bias", [0, 2**24])
     def test_is_exact_in_the_worst_case(self, bias: int) -> None:

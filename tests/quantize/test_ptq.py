@@ -57,7 +57,7 @@ class TestWholeNetwork:
             assert (QuantizedNetwork(quantized)(x) - exact).abs().max() < 0.05 * exact.abs().max()
 
     def test_folds_norm_and_clamp(self) -> None:
-        model, quantized, x = odd()
+        model, quantized, _ = odd()
         first = quantized.graph["first.0"]
         assert isinstance(first, Conv)
         assert (first.low, first.out.zero_point) == (-128, -128)
