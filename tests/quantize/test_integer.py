@@ -86,6 +86,16 @@ class TestConv:
         one = torch.ones(1, 1, 1, 1)
         assert integer.accumulate(one, one, torch.zeros(1), 0, geometry).dtype == torch.float32
 
+    def test_float32_is_not_trusted_where_torch_may_shorten_it(self) -> None:
+        geometry = ConvGeometry(in_channels=1, out_channels=1, groups=1, in_hw=(1, 1), kernel=(1, 1), stride=(1, 1),
+                                dilation=(1, 1), pads=(0, 0, 0, 0))  # fmt: skip
+        one, before = torch.ones(1, 1, 1, 1), torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            assert integer.accumulate(one, one, torch.zeros(1), 0, geometry).dtype == torch.float64
+        finally:
+            torch.set_float32_matmul_precision(before)
+
     @given(weight=st.lists(st.integers(-127, 127), min_size=4, max_size=4), bias=st.integers(-999, 999),
            zero=st.integers(-128, 127))  # fmt: skip
     def test_reach_is_the_largest_sum(self, weight: list[int], bias: int, zero: int) -> None:

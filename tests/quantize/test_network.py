@@ -238,6 +238,30 @@ def test_goes_back_to_a_record(state: type[Rounded]) -> None:
     assert torch.equal(QuantizedNetwork(learned)(x), network(x))
 
 
+@pytest.mark.parametrize("state", [Rounded, Stepped])
+def test_goes_through_a_state_dict(state: type[Rounded]) -> None:
+    _, quantized, x = odd()
+    learns = last_layers(quantized.graph, 2)
+    trained, fresh = (QuantizedNetwork(quantized, learns, state) for _ in range(2))
+    with torch.no_grad():
+        for conv in trained.convs():
+            conv.weight.value.add_(1)
+    assert not torch.equal(fresh(x), trained(x))
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh(x), trained(x))
+    assert any(p.requires_grad for p in next(reversed(list(fresh.convs()))).parameters())
+
+
+def test_autocast_leaves_the_integers_alone() -> None:
+    _, quantized, x = odd()
+    body = quantized.graph.layers[:-1]
+    tensors = {key: t for key, t in quantized.tensors.items() if not key.startswith("classifier")}
+    network = QuantizedNetwork(Quantized(quantized.graph.model_copy(update={"layers": body}), tensors))
+    wanted = network(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(x), wanted)
+
+
 def test_gives_the_same_without_gradients() -> None:
     _, quantized, x = odd()
     network = QuantizedNetwork(quantized, last_layers(quantized.graph, ALL))

@@ -11,8 +11,8 @@ refused: an output step finer than the accumulator's own shows nothing new, and 
 
 Maps travel as float tensors that hold integers, because autograd wants floats. A convolution of such maps is exact as
 long as every partial sum is: `sum |w| * max |x - zero| + |b|` below 2**24 lets float32 carry it, in any order of
-summation; otherwise float64 does (below 2**53, always true here). Float32 is only taken on a CPU and with
-`torch.get_float32_matmul_precision() == "highest"`, since other devices and settings may round the factors.
+summation; otherwise float64 does (below 2**53, always true here). Float32 is only taken on a CPU, and where torch is
+not told to multiply in something shorter.
 """
 
 from __future__ import annotations
@@ -80,10 +80,18 @@ def reach(weight: torch.Tensor, bias: torch.Tensor, zero_point: int) -> int:
 def accumulate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, zero_point: int,
                geometry: ConvGeometry) -> torch.Tensor:
     """A convolution's int32 accumulators: x (n c h w) integers in any type -> (n o h' w') in an exact float type."""
-    exact_in_float32 = (reach(weight, bias, zero_point) < 2**24 and x.device.type == "cpu"
-                        and torch.get_float32_matmul_precision() == "highest")
-    carrier = torch.float32 if exact_in_float32 else torch.float64
-    return convolve(x.to(carrier) - zero_point, weight.to(carrier), bias.to(carrier), geometry)
+    small = reach(weight, bias, zero_point) < 2**24
+    carrier = torch.float32 if small and _float32_is_kept(x.device) else torch.float64
+    with torch.autocast(x.device.type, enabled=False):
+        acc = convolve(x.to(carrier) - zero_point, weight.to(carrier), bias.to(carrier), geometry)
+    # a no-op for sums; should a library transform its operands, this takes the error away
+    return acc.round_()
+
+
+def _float32_is_kept(device: torch.device) -> bool:
+    """Whether a float32 convolution on `device` multiplies in float32, and not in something shorter."""
+    of_conv = getattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision", "none")
+    return device.type == "cpu" and of_conv in ("none", "ieee") and torch.get_float32_matmul_precision() == "highest"
 
 
 def conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, zero_point: int, geometry: ConvGeometry,

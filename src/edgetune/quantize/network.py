@@ -59,7 +59,7 @@ class QuantizedNetwork(nn.Module):
         if x.shape[1:] != self.graph.input_shape[1:]:
             raise ModelError(f"the network is quantized for pictures {self.graph.input_shape[1:]} and was given "
                              f"{tuple(x.shape[1:])}: resize them, or quantize for that size")
-        maps = {INPUT: integer.quantize(x, self.graph.input)}
+        maps = {INPUT: integer.quantize(x.detach(), self.graph.input)}
         for layer, step in zip(self.graph.layers, self.steps, strict=True):
             maps[layer.name] = step(*(maps[name] for name in layer.sources))
         last = self.graph.layers[-1]

@@ -6,6 +6,8 @@ a gradient to; where that holds no numbers, the integers stand beside it as `<ro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -55,9 +57,19 @@ class Stepped(Held):
     def integers(self) -> torch.Tensor:
         return self.value.clone()
 
+    # the handle holds nothing, and torch refuses to load into a tensor whose elements share memory
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}handle"]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        handle = self._parameters.pop("handle")
+        super()._load_from_state_dict(*args, **kwargs)
+        self._parameters["handle"] = handle
+
     @torch.no_grad()
     def move(self, step: torch.Tensor, generator: torch.Generator | None = None) -> None:
         """Add a float step, rounded up or down by chance so that its mean is kept; then clip."""
         moved = self.value.to(torch.float64) + step
-        chance = torch.rand(moved.shape, generator=generator, device=moved.device, dtype=torch.float64)
+        chance = torch.rand(moved.shape, generator=generator, dtype=torch.float64).to(moved.device)
         self.value.copy_((moved + chance).floor().clamp(-self.limit, self.limit).to(self.dtype))
