@@ -20,9 +20,10 @@ from edgetune.graph import trace
 from edgetune.models import load_model, load_weights
 from edgetune.models.registry import model_card
 from edgetune.quantize import MinMax, Percentile, QuantizedNetwork, integer, quantize
-from edgetune.quantize.ptq import weight_scales
+from edgetune.quantize.fuse import fuse
+from edgetune.quantize.ptq import _clamp, weight_scales
 from edgetune.quantize.ranges import choose
-from edgetune.quantize.record import Add, Conv, Linear, Mean, Pad, Subsample
+from edgetune.quantize.record import Add, Conv, Linear, Mean, Pad, Quantization, Subsample
 from integer_nets import SHAPE, odd
 
 MAP = torch.randn(2, 3, 7, 5)
@@ -69,6 +70,13 @@ class TestWholeNetwork:
         folded = conv.weight * (norm.weight / (norm.running_var + norm.eps).sqrt()).view(-1, 1, 1, 1)
         assert ((weight * scale - folded).abs() <= scale * 0.5001).all()
         assert (weight.abs().flatten(1).amax(1) == 127).all()
+
+
+    def test_a_relu6_ends_at_six_where_the_scale_reaches_further(self) -> None:
+        graph = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU6()).eval(), MAP)
+        (step,) = fuse(graph)
+        assert _clamp(step, Quantization(scale=0.1, zero_point=-128)) == (-128, -68)
+        assert _clamp(step, Quantization(scale=0.02, zero_point=-100)) == (-100, 127)
 
 
 class TestScales:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import fx, nn
@@ -48,9 +49,11 @@ class Percentile(Frozen):
     keep_percent: float = Field(99.99, gt=0, le=100)
 
     def batch(self, x: torch.Tensor) -> Range:
-        values, outside = x.flatten().sort().values, 0.5 * (1 - self.keep_percent / 100)
-        dropped = int(outside * (values.numel() - 1))
-        return float(values[dropped]), float(values[values.numel() - 1 - dropped])
+        values, outside = x.flatten().numpy(force=True), 0.5 * (1 - self.keep_percent / 100)
+        dropped = int(outside * (len(values) - 1))
+        ends = [dropped, len(values) - 1 - dropped]
+        low, high = np.partition(values, ends)[ends]
+        return float(low), float(high)
 
     def together(self, ranges: list[Range]) -> Range:
         return sum(low for low, _ in ranges) / len(ranges), sum(high for _, high in ranges) / len(ranges)
