@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -193,6 +195,21 @@ class TestKept:
         network = QuantizedNetwork(quantized)
         assert not network(x).requires_grad
         assert kept(network, x) == 0
+
+
+def test_maps_live_only_until_they_are_read() -> None:
+    _, quantized, x = odd()
+    network, made, alive = QuantizedNetwork(quantized, last_layers(quantized.graph, ALL)), [], []
+
+    def watch(module: torch.nn.Module, inputs: object, y: torch.Tensor) -> None:
+        alive.append([number for number, ref in enumerate(made) if ref() is not None])
+        made.append(weakref.ref(y))
+
+    for step in network.steps:
+        step.register_forward_hook(watch)
+    network(x)
+    # by number of step: 0 1 2 convolutions, 3 add, 4 convolution, 5 every second pixel, 6 zero channels, 7 add, 8 mean
+    assert alive == [[], [0], [0, 1], [0, 2], [3], [3, 4], [4, 5], [4, 6], [7], [8]]
 
 
 class TestLearns:

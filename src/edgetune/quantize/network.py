@@ -54,14 +54,17 @@ class QuantizedNetwork(nn.Module):
             tensors = {key.rpartition(".")[2]: tensor for key, tensor in quantized.tensors.items()
                        if key.rpartition(".")[0] == layer.name}
             self.steps.append(_MODULES[type(layer)](layer, sources, tensors, learns.get(layer.name, ()), state))
+        self.over = last_read(self.graph)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[1:] != self.graph.input_shape[1:]:
             raise ModelError(f"the network is quantized for pictures {self.graph.input_shape[1:]} and was given "
                              f"{tuple(x.shape[1:])}: resize them, or quantize for that size")
         maps = {INPUT: integer.quantize(x.detach(), self.graph.input)}
-        for layer, step in zip(self.graph.layers, self.steps, strict=True):
+        for layer, step, over in zip(self.graph.layers, self.steps, self.over, strict=True):
             maps[layer.name] = step(*(maps[name] for name in layer.sources))
+            for name in over:
+                del maps[name]
         last = self.graph.layers[-1]
         return maps[last.name] if isinstance(last, Linear) else integer.dequantize(maps[last.name], last.out)
 
@@ -89,6 +92,12 @@ def last_layers(graph: QuantizedGraph, weights: int, biases: int | None = None) 
               for i, name in enumerate(names[:max(weights, biases)])}
     head = graph.layers[-1]
     return learns | ({head.name: ("weight", "bias")} if isinstance(head, Linear) else {})
+
+
+def last_read(graph: QuantizedGraph) -> tuple[frozenset[str], ...]:
+    """For each layer, the maps that no later one reads: they can be let go of once it has run."""
+    last = {name: index for index, layer in enumerate(graph.layers) for name in layer.sources}
+    return tuple(frozenset(name for name, at in last.items() if at == index) for index in range(len(graph.layers)))
 
 
 class QuantizedConv(nn.Module):
@@ -149,7 +158,8 @@ class Moved(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(self.layer, Subsample):
-            return x[:, :, ::self.layer.stride[0], ::self.layer.stride[1]]
+            rows, columns = self.layer.stride
+            return x[:, :, ::rows, ::columns].contiguous()  # a view would hold on to the whole map
         return F.pad(x, (0, 0, 0, 0, self.layer.before, self.layer.after), value=self.layer.out.zero_point)
 
 
