@@ -25,6 +25,7 @@ from edgetune.quantize.ptq import _clamp, weight_scales
 from edgetune.quantize.ranges import choose
 from edgetune.quantize.record import Add, Conv, Linear, Mean, Pad, Quantization, Subsample
 from integer_nets import SHAPE, odd
+from nets import NETS
 
 MAP = torch.randn(2, 3, 7, 5)
 
@@ -153,6 +154,14 @@ REFUSED = {
     "clamp alone": (nn.Sequential(nn.ReLU(), CONV), "layer '0' does not stand behind a convolution or an add"),
     "linear twice": (nn.Sequential(*HEAD, nn.Linear(3, 2)), "layer '3' reads the linear layer '2'"),
     "called twice": (Functional(lambda self, x: self.conv(self.conv(x)), conv=CONV), "layer 'conv' is called twice"),
+    "in place": (
+        Functional(lambda self, x: (y := self.conv(x)).add_(x) + y, conv=CONV),
+        "layer 'add_' changes in place what is read again later",
+    ),
+    "not followed at all": (
+        Functional(lambda self, x: self.conv(x) if x.sum() > 0 else x, conv=CONV),
+        "layer 'conv' cannot be followed (TraceError: ",
+    ),
     "computed beside": (
         Functional(lambda self, x: (self.a(x), self.b(x))[0], a=nn.Conv2d(3, 2, 1), b=nn.Conv2d(3, 2, 1)),
         "is not the way from one picture to one result",
@@ -171,6 +180,26 @@ def test_refuses_by_name_with_the_reason(name: str) -> None:
         quantize(model.eval(), [MAP])
     assert complaint in str(refusal.value)
     assert refusal.value.way_out
+
+
+@pytest.mark.parametrize("inner", [nn.ReLU(inplace=True), nn.Identity()])
+def test_takes_in_place_calls_that_no_one_reads_behind(inner: nn.Module) -> None:
+    def function(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(self.a(x))
+        x += self.b(x)
+        return x
+
+    model = Functional(function, inner=inner, a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 3, padding=1)).eval()
+    with torch.no_grad():
+        wanted, got = model(MAP), QuantizedNetwork(quantize(model, [MAP]))(MAP)
+    assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+def test_takes_residual_blocks_of_every_spelling() -> None:
+    model, x = NETS["Residual"]().eval(), torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        wanted, got = model(x), QuantizedNetwork(quantize(model, [x]))(x)
+    assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
 def test_refuses_to_calibrate_with_nothing_or_no_numbers() -> None:

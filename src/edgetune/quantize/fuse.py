@@ -79,8 +79,11 @@ def _only_reader(graph: Graph, call: Call, kind: str) -> Call | None:
 def _refuse(graph: Graph, call: Call) -> None:
     way_out = "replace the layer, or leave the network in float"
     if not call.followed or call.kind == "opaque":
-        why = graph.opaque.get(call.name, "it lies inside such a module")
+        why = graph.opaque.get(call.name) or graph.opaque.get("", "it lies inside such a module")
         raise Refusal(call.name, f"cannot be followed ({why})", "write its forward without data-dependent control flow")
+    if call.in_place and any(call.inputs[0] in later.inputs for later in _after(graph, call)):
+        raise Refusal(call.name, "changes in place what is read again later",
+                      "write it out of place, `y = x + z` for `x += z`")
     if call.kind == "norm":
         raise Refusal(call.name, "does not stand behind a convolution that it alone reads",
                       "only such norms can be folded; move it, or leave the network in float")
@@ -92,6 +95,11 @@ def _refuse(graph: Graph, call: Call) -> None:
         raise Refusal(call.name, f"is a {call.function}, which has no integer step", way_out)
     if call.kind in ("subsample", "pad", "mean", "conv", "add") and any(len(s) != 4 for s in call.in_shapes):
         raise Refusal(call.name, "does not work on maps (n c h w)", way_out)
+
+
+def _after(graph: Graph, call: Call) -> tuple[Call, ...]:
+    """The calls that are made later."""
+    return graph.calls[graph.calls.index(call) + 1:]
 
 
 def _check_ends(graph: Graph, steps: list[Step], value_of: dict[str, str]) -> None:
