@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edgetune.cli import VERBS
-from verbs import QUICK, draw, run_verb
+from verbs import QUICK, draw, refusal, run_verb
 
 
 def answer(*words: object) -> Any:
@@ -44,6 +44,27 @@ def test_module_is_the_same_as_the_command() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Exact gradients")
+
+
+class TestQuantize:
+    def test_writes_the_network_and_compares(self, finished: Path, tmp_path: Path) -> None:
+        from edgetune.quantize import Quantized
+
+        found = answer("quantize", finished, "--pictures", 30, "--batch-size", 20, "--out", tmp_path / "net")
+        quantized = Quantized.load(tmp_path / "net")
+        assert [layer["name"] for layer in found["layers"]] == [layer.name for layer in quantized.graph.layers]
+        assert found["pictures"] == 30
+        assert abs(found["float"]["accuracy"] - found["int8"]["accuracy"]) <= 0.1
+        assert found["int8"]["weight_bytes"] < 0.3 * found["float"]["weight_bytes"]
+
+    def test_tells_people_where_it_is(self, finished: Path) -> None:
+        done = run_verb("quantize", finished, "--keep-percent", 99.9, "--pictures", 1000)
+        assert done.exit_code == 0, done.output
+        assert "int8" in done.stdout and "40 training pictures" in done.stdout
+        assert (finished / "quantized.safetensors").exists()
+
+    def test_refuses_shares_that_are_none(self, finished: Path) -> None:
+        assert "--keep-percent 101 is no share" in refusal("quantize", finished, "--keep-percent", 101)
 
 
 class TestTrain:
