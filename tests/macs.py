@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edgetune import kernels
 from edgetune.meter import PRODUCTS
 
 
@@ -25,3 +29,13 @@ class MacClock(TorchDispatchMode):
         if func in PRODUCTS:
             self.macs += PRODUCTS[func](args, out)
         return out
+
+
+@contextmanager
+def times_that_count_macs(cache: Path) -> Iterator[None]:
+    """Planners made inside time by that clock, the same on every machine, and remember their times in `cache`."""
+    kernels.status()  # compiled before, in the usual folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGETUNE_CACHE", str(cache))
+        with MacClock(patch):
+            yield

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from edgetune import kernels
 from edgetune.front import Front, front
 from edgetune.knapsack import total_of
 from edgetune.methods.backward.exact import Exact
@@ -16,7 +15,7 @@ from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.plan import Budget, Planner
 from edgetune.prospect import Found
 from edgetune.reasons import Reasons, explain
-from macs import MacClock
+from macs import times_that_count_macs
 from nets import block, scramble
 
 METHODS = (Exact(), PooledChain(patch_px=2))
@@ -26,13 +25,10 @@ METHODS = (Exact(), PooledChain(patch_px=2))
 def planner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planner]:
     """A planner whose clock counts multiply-accumulates."""
     torch.manual_seed(3)
-    kernels.status()  # compiled before, in the usual folder
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        with MacClock(patch):
-            model = nn.Sequential(block(3, 6), block(6, 8, stride=2), block(8, 8), block(8, 6),
-                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
-            yield Planner(scramble(model), torch.randn(8, 3, 16, 16), methods=METHODS)
+    with times_that_count_macs(tmp_path_factory.mktemp("cache")):
+        model = nn.Sequential(block(3, 6), block(6, 8, stride=2), block(8, 8), block(8, 6),
+                              nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+        yield Planner(scramble(model), torch.randn(8, 3, 16, 16), methods=METHODS)
 
 
 def partly(planner: Planner, bytes_share: float = 0.5, ms_share: float = 0.5) -> Found:

@@ -10,27 +10,10 @@ from typing import Any
 from edgetune.errors import RunError
 from edgetune.front import Front, Point
 from edgetune.record import atomic_write
+from edgetune.report.figures import axes_style
 
 INK, FAINT, RULE, OURS, CHOSEN = "#1d1c1a", "#6b6862", "#e4e1da", "#0b7a75", "#b0552f"
 FORMATS = (".svg", ".png")
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "edgetune",
-    "font.size": 11,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": FAINT,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": RULE,
-    "axes.axisbelow": True,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "figure.constrained_layout.use": True,
-}
 
 
 def check_picture(path: Path) -> None:
@@ -46,7 +29,7 @@ def draw(front: Front, path: Path) -> None:
     from matplotlib.figure import Figure
 
     kind = path.suffix.lower().removeprefix(".")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(axes_style(INK, FAINT, RULE)):
         figure = Figure(figsize=(9.2, 3.6))
         memory, time = figure.subplots(1, 2, sharey=True)
         chosen = front.chosen
