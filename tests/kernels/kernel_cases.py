@@ -100,11 +100,6 @@ def masked_patch_mean(chosen: random.Random) -> tuple[Any, ...]:
     return *mask_apply(chosen), *_cell(chosen)
 
 
-def patch_mean_count(chosen: random.Random) -> tuple[Any, ...]:
-    cell = _cell(chosen)
-    return _map(chosen), *_bounds(chosen), *cell, *(cell if chosen.random() < 0.6 else _cell(chosen))
-
-
 def _weight_order(w: Tensor, chosen: random.Random) -> Tensor:
     return chosen.choice([w, w.contiguous(memory_format=CHANNELS_LAST)])
 
@@ -154,7 +149,7 @@ def max_pool_backward(chosen: random.Random) -> tuple[Any, ...]:
 
 MAKERS: dict[str, Callable[[random.Random], tuple[Any, ...]]] = {
     make.__name__: make for make in (patch_mean, patch_spread, mask_pack, mask_apply, mask_count, bits_count,
-                                     masked_patch_mean, patch_mean_count, grid_products, max_pool,
+                                     masked_patch_mean, grid_products, max_pool,
                                      max_pool_backward)}
 
 

@@ -10,7 +10,6 @@ typedef int64_t I;
     void et_masked_patch_mean_##t(const type *, const uint8_t *, type *, I, I, I, I, I, I, int, int); \
     void et_mask_count_##t(const type *, void *, float, float, I, I, I, I, I, I, int, int); \
     void et_bits_count_##t(const uint8_t *, void *, I, I, I, I, I, I, int, int); \
-    void et_patch_mean_count_##t(const type *, type *, void *, float, float, I, I, I, I, I, I, int, int); \
     void et_patch_spread_##t(const type *, type *, I, I, I, I, I, I, int, int, int); \
     void et_mask_pack_##t(const type *, uint8_t *, float, float, I, int); \
     void et_mask_apply_##t(const type *, const uint8_t *, type *, I, int); \
@@ -55,7 +54,6 @@ static void check_##t(const type *x, const uint8_t *bits, I n, I c, I h, I w, I 
     et_masked_patch_mean_##t(x, bits, out, n, c, h, w, a, b, last, 2); SETTLE_##t(out, cells); show("masked", out, cells * sizeof *out); \
     et_mask_count_##t(x, bytes, -1, 2, n, c, h, w, a, b, last, 2); show("mask_count", bytes, cells * wide); \
     et_bits_count_##t(bits, bytes, n, c, h, w, a, b, last, 2); show("bits_count", bytes, cells * wide); \
-    et_patch_mean_count_##t(x, out, bytes, -1, 2, n, c, h, w, a, b, last, 2); show("mean_count", bytes, cells * wide); \
     et_mask_pack_##t(x, bytes, -1, 2, all, 2); show("mask_pack", bytes, (all + 7) / 8); \
     et_mask_apply_##t(x, bits, out, all, 2); SETTLE_##t(out, all); show("mask_apply", out, all * sizeof *out); \
     I s = b < 3 ? b : 2, g[] = {n, c, h, w, (h + 2 - 3) / s + 1, (w + 2 - 3) / s + 1, 3, 3, s, s, 1, 1, 1, 1}; \

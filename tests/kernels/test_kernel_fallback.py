@@ -86,10 +86,6 @@ def slow_masked_patch_mean(g: Tensor, bits: Tensor, cell_h: int, cell_w: int) ->
     return _each_cell(slow_mask_apply(g, bits), cell_h, cell_w, mean=True)
 
 
-def slow_patch_mean_count(x: Tensor, low: float, high: float, *cells: int) -> tuple[Tensor, Tensor]:
-    return slow_patch_mean(x, *cells[:2]), slow_mask_count(x, low, high, *cells[2:])
-
-
 def slow_grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, x: Tensor | None, w: Tensor,
                        groups: int, wants_input: bool, spread: bool) -> tuple[Tensor, Tensor]:
     """Group by group, sample by sample, tap by tap."""

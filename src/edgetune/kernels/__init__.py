@@ -15,7 +15,6 @@ from edgetune.kernels.ops import (
     max_pool,
     max_pool_backward,
     patch_mean,
-    patch_mean_count,
     patch_spread,
 )
 
@@ -32,7 +31,6 @@ __all__ = [
     "max_pool",
     "max_pool_backward",
     "patch_mean",
-    "patch_mean_count",
     "patch_spread",
     "status",
 ]

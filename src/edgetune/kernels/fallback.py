@@ -112,11 +112,6 @@ def masked_patch_mean(g: Tensor, bits: Tensor, cell_h: int, cell_w: int) -> Tens
     return patch_mean(mask_apply(g, bits), cell_h, cell_w)
 
 
-def patch_mean_count(x: Tensor, low: float, high: float, cell_mean_h: int, cell_mean_w: int,
-                     cell_count_h: int, cell_count_w: int) -> tuple[Tensor, Tensor]:
-    return patch_mean(x, cell_mean_h, cell_mean_w), mask_count(x, low, high, cell_count_h, cell_count_w)
-
-
 def grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, x: Tensor | None, w: Tensor,
                   groups: int, wants_input: bool, spread: bool) -> tuple[Tensor, Tensor, Tensor]:
     gx, gw = g.new_empty((0, 0, 0, 0)), g.new_empty((0, 0))

@@ -20,6 +20,7 @@ from edgetune.kernels.geometry import (
     is_channels_last,
     memory_format,
 )
+from edgetune.shapes import expect
 
 
 def _grid(x: Tensor, cell_h: int, cell_w: int, dtype: torch.dtype) -> Tensor:
@@ -71,25 +72,19 @@ def masked_patch_mean(g: Tensor, bits: Tensor, cell_h: int, cell_w: int) -> Tens
     return _grid(g, cell_h, cell_w, g.dtype)
 
 
-def patch_mean_count(x: Tensor, low: float, high: float, cell_mean_h: int, cell_mean_w: int,
-                     cell_count_h: int, cell_count_w: int) -> tuple[Tensor, Tensor]:
-    return patch_mean(x, cell_mean_h, cell_mean_w), mask_count(x, low, high, cell_count_h, cell_count_w)
-
-
 def grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, x: Tensor | None, w: Tensor,
                   groups: int, wants_input: bool, spread: bool) -> tuple[Tensor, Tensor, Tensor]:
     """gx, gw and the sums over taps: a scratch, handed out so that whoever counts memory sees it."""
-    if g.dim() != 4 or w.dim() != 4 or g.shape[1] != w.shape[0] or w.shape[0] % groups:
-        raise EdgetuneError(f"a gradient of shape {tuple(g.shape)} doesn't belong to a weight of shape "
-                            f"{tuple(w.shape)} in {groups} groups: give axes (n o p q) and (o i u v)")
-    n, o, p, q = g.shape
+    n, o, p, q = expect(g, "n o p q")
+    expect(w, "o i u v", o=o)
+    if o % groups:
+        raise EdgetuneError(f"{o} output channels don't divide into {groups} groups: give the layer's own groups")
     c = w.shape[1] * groups
-    if x is not None and x.shape != (n, c, p, q):
-        raise EdgetuneError(f"an input of shape {tuple(x.shape)} doesn't belong to a gradient of shape "
-                            f"{tuple(g.shape)}: give ({n} {c} {p} {q})")
+    if x is not None:
+        expect(x, "n c p q", n=n, c=c, p=p, q=q)
     for factor in (to_input, to_weight):
-        if factor is not None and factor.shape != (p, q):
-            raise EdgetuneError(f"factors of shape {tuple(factor.shape)} don't belong to a {p}x{q} grid: give (p q)")
+        if factor is not None:
+            expect(factor, "p q", p=p, q=q)
     gx = g.new_empty((c, n, p, q) if wants_input else (0, 0, 0, 0)).transpose(0, 1)
     sums = g.new_empty(o * (w.shape[1] + ROWS - 1) if wants_input else 0)
     if x is None:

@@ -26,7 +26,6 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "mask_count": (P, P, F, F, N, N, N, N, N, N, B),
     "bits_count": (P, P, N, N, N, N, N, N, B),
     "masked_patch_mean": (P, P, P, N, N, N, N, N, N, B),
-    "patch_mean_count": (P, P, P, F, F, N, N, N, N, N, N, B),
     "grid_products": (P, P, P, P, P, P, P, P, P),
     "max_pool": (P, P, P, P, B),
     "max_pool_backward": (P, P, P, P, B),
@@ -122,21 +121,6 @@ def masked_patch_mean(out: Tensor, g: Tensor, bits: Tensor, cell_h: int, cell_w:
     g, last = _walked(g)
     bits = bits.contiguous()
     run(g.data_ptr(), bits.data_ptr(), out.data_ptr(), *g.shape, cell_h, cell_w, last, get_num_threads())
-    return True
-
-
-def patch_mean_count(out: tuple[Tensor, Tensor], x: Tensor, low: float, high: float, cell_mean_h: int,
-                     cell_mean_w: int, cell_count_h: int, cell_count_w: int) -> bool:
-    x, last = _walked(x)
-    if (cell_mean_h, cell_mean_w) != (cell_count_h, cell_count_w):
-        return (patch_mean(out[0], x, cell_mean_h, cell_mean_w)
-                and mask_count(out[1], x, low, high, cell_count_h, cell_count_w))
-    run = _function("patch_mean_count", x.dtype)
-    if run is None or cell_mean_h * cell_mean_w >= COUNTABLE:
-        return False
-    mean, count = out
-    run(x.data_ptr(), mean.data_ptr(), count.data_ptr(), low, high, *x.shape, cell_mean_h, cell_mean_w, last,
-        get_num_threads())
     return True
 
 

@@ -22,7 +22,6 @@ _mask_apply = _ops.mask_apply.default
 _mask_count = _ops.mask_count.default
 _bits_count = _ops.bits_count.default
 _masked_patch_mean = _ops.masked_patch_mean.default
-_patch_mean_count = _ops.patch_mean_count.default
 _grid_products = _ops.grid_products.default
 _max_pool = _ops.max_pool.default
 _max_pool_backward = _ops.max_pool_backward.default
@@ -73,12 +72,6 @@ def bits_count(bits: Tensor, n: int, c: int, h: int, w: int, cell_h: int, cell_w
 def masked_patch_mean(g: Tensor, bits: Tensor, cell_h: int, cell_w: int) -> Tensor:
     """patch_mean(mask_apply(g, bits)) in one pass: the sum under the mask over the size of the whole cell."""
     return _masked_patch_mean(g, bits, cell_h, cell_w)
-
-
-def patch_mean_count(x: Tensor, low: float, high: float, cell_mean_h: int, cell_mean_w: int,
-                     cell_count_h: int, cell_count_w: int) -> tuple[Tensor, Tensor]:
-    """(patch_mean(x), mask_count(x)), reading x once where both use the same cells."""
-    return _patch_mean_count(x, low, high, cell_mean_h, cell_mean_w, cell_count_h, cell_count_w)
 
 
 def grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, x: Tensor | None, w: Tensor,

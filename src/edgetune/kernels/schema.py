@@ -42,8 +42,6 @@ OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback,
     "bits_count": "(Tensor bits, SymInt n, SymInt c, SymInt h, SymInt w, int cell_h, int cell_w, "
                   "bool channels_last=False) -> Tensor",
     "masked_patch_mean": "(Tensor g, Tensor bits, int cell_h, int cell_w) -> Tensor",
-    "patch_mean_count": "(Tensor x, float low, float high, int cell_mean_h, int cell_mean_w, "
-                        "int cell_count_h, int cell_count_w) -> (Tensor, Tensor)",
     "grid_products": "(Tensor g, Tensor? to_input, Tensor? to_weight, Tensor? x, Tensor w, SymInt groups, "
                      "bool wants_input, bool spread) -> (Tensor, Tensor, Tensor)",
     "max_pool": f"(Tensor x, {_POOL}, bool ceil_mode) -> (Tensor, Tensor)",

@@ -3,7 +3,6 @@
 #include "masked_patch_mean.c"
 #include "mask_count.c"
 #include "bits_count.c"
-#include "patch_mean_count.c"
 #include "patch_spread.c"
 #include "mask_pack.c"
 #include "mask_apply.c"
