@@ -6,9 +6,16 @@ u v kernel rows and columns · p q rows and columns of the patch grid
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from edgetune.errors import EdgetuneError
+
+
+@cache
+def _names(axes: str) -> tuple[str, ...]:
+    return tuple(axes.split())
 
 
 def expect(x: torch.Tensor, axes: str, **sizes: int) -> tuple[int, ...]:
@@ -16,7 +23,7 @@ def expect(x: torch.Tensor, axes: str, **sizes: int) -> tuple[int, ...]:
 
     Raises EdgetuneError naming the axis that is wrong.
     """
-    names = axes.split()
+    names = _names(axes)
     if x.dim() != len(names):
         raise EdgetuneError(f"a tensor of shape {tuple(x.shape)} stands where ({axes}) is expected: "
                             f"give {len(names)} axes")

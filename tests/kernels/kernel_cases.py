@@ -101,7 +101,8 @@ def masked_patch_mean(chosen: random.Random) -> tuple[Any, ...]:
 
 
 def _weight_order(w: Tensor, chosen: random.Random) -> Tensor:
-    return chosen.choice([w, w.contiguous(memory_format=CHANNELS_LAST)])
+    turned = w.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    return chosen.choice([w, w.contiguous(memory_format=CHANNELS_LAST), turned])
 
 
 def grid_products(chosen: random.Random) -> tuple[Any, ...]:

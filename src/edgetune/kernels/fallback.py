@@ -120,7 +120,8 @@ def grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, 
     if x is not None:
         gw = _mix_weight(_scaled(g, to_weight), x.to(g.dtype), groups)
         if spread:
-            gw = torch.empty_like(w, dtype=g.dtype).copy_(gw[:, :, None, None])
+            order = memory_format(is_channels_last(w))
+            gw = torch.empty_like(w, dtype=g.dtype, memory_format=order).copy_(gw[:, :, None, None])
     return gx, gw, g.new_zeros(w.shape[0] * (w.shape[1] + ROWS - 1) if wants_input else 0)
 
 

@@ -89,7 +89,9 @@ def grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, 
     sums = g.new_empty(o * (w.shape[1] + ROWS - 1) if wants_input else 0)
     if x is None:
         return gx, g.new_empty((0, 0)), sums
-    return gx, torch.empty_like(w, dtype=g.dtype) if spread else g.new_empty(w.shape[:2]), sums
+    if not spread:
+        return gx, g.new_empty(w.shape[:2]), sums
+    return gx, torch.empty_like(w, dtype=g.dtype, memory_format=memory_format(is_channels_last(w))), sums
 
 
 def max_pool(x: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,

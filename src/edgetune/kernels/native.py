@@ -127,20 +127,18 @@ def masked_patch_mean(out: Tensor, g: Tensor, bits: Tensor, cell_h: int, cell_w:
 def grid_products(out: tuple[Tensor, Tensor, Tensor], g: Tensor, to_input: Tensor | None, to_weight: Tensor | None,
                   x: Tensor | None, w: Tensor, groups: int, wants_input: bool, spread: bool) -> bool:
     run = _function("grid_products", g.dtype)
-    given = (g, to_input, to_weight, x, w)
-    if run is None or g.numel() == 0 or any(t is not None and t.dtype != g.dtype for t in given):
+    if run is None or g.numel() == 0 or {t.dtype for t in (g, to_input, to_weight, x, w) if t is not None} != {g.dtype}:
         return False
     gx, gw, sums = out
-    o, i, ku, kv = w.shape
-    w = w if is_channels_last(w) else w.contiguous()
-    g, factors = _by_channel(g), [None if t is None else t.contiguous() for t in (to_input, to_weight)]
-    x = None if x is None else _by_channel(x)
-    copies = ku * kv if spread else 1
-    cells = g.shape[2] * g.shape[3]
-    sizes = (N * 13)(groups, o // groups, i, g.shape[1] * cells, cells, ku * kv, *_strides(w, i, ku * kv),
-                     *_strides(gw, i, copies), copies)
-    run(g.data_ptr(), *(_pointer(t) for t in (*factors, x)), w.data_ptr(), gx.data_ptr() if wants_input else None,
-        None if x is None else gw.data_ptr(), sums.data_ptr(), ctypes.addressof(sizes), get_num_threads())
+    (o, i, ku, kv), (n, _, p, q) = w.shape, g.shape
+    w, last = _walked(w)
+    # held until the call is over: the pointers are all that it gets
+    dense = [_by_channel(g), _dense(to_input), _dense(to_weight), None if x is None else _by_channel(x), w,
+             gx if wants_input else None, None if x is None else gw, sums]
+    taps, copies = ku * kv, ku * kv if spread else 1
+    sizes = (N * 13)(groups, o // groups, i, n * p * q, p * q, taps, *_strides(last, i, taps),
+                     *_strides(last and spread, i, copies), copies)
+    run(*[None if t is None else t.data_ptr() for t in dense], ctypes.addressof(sizes), get_num_threads())
     return True
 
 
@@ -149,13 +147,13 @@ def _by_channel(t: Tensor) -> Tensor:
     return t.transpose(0, 1).contiguous()
 
 
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
 
-def _strides(w: Tensor, i: int, taps: int) -> tuple[int, int, int]:
-    """Elements from one output channel, input channel and tap of a dense weight to the next."""
-    return (i * taps, 1, i) if is_channels_last(w) else (i * taps, taps, 1)
+def _strides(last: bool, i: int, taps: int) -> tuple[int, int, int]:
+    """Elements from one output channel, input channel and tap of a weight (channels last or not) to the next."""
+    return (i * taps, 1, i) if last else (i * taps, taps, 1)
 
 
 def max_pool(out: tuple[Tensor, Tensor], x: Tensor, *geometry: int) -> bool:
