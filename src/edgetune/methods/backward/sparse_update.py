@@ -1,4 +1,4 @@
-"""Sparse update: of a convolution only a window of input channels learns, and only their inputs are kept.
+"""Sparse update: a window of a convolution's input channels learns, and only its inputs are kept.
 
 What it does
     A plan says which biases learn, of which layers the weight learns, and of how many input channels. The learning
