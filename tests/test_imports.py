@@ -15,8 +15,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
     "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "contract", "hosts",
-    "methods", "route", "apply", "allocator", "scratch", "meter", "profile", "calibrate", "knapsack", "plan", "sparse", "models",
-    "data", "costs", "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
+    "methods", "route", "apply", "allocator", "scratch", "meter", "profile", "calibrate", "knapsack", "plan", "sparse",
+    "models", "data", "costs", "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
 ]  # fmt: skip
 BASICS = {"errors", "units", "shapes", "record"}
 NARROW = {"models": BASICS, "data": BASICS}
