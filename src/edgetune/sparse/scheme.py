@@ -75,7 +75,7 @@ def sparse_plan(graph: Graph, biases: int, ratios: Mapping[int, float]) -> Plan:
     if outside:
         raise PlanError(f"convolution {outside[0]} is to learn, but gradients reach only the last {biases} of "
                         f"{len(convs)}: ask for more biases, or leave its weight frozen")
-    shares = {convs[index].name: ratio for index, ratio in ratios.items()}
+    shares = {convs[index].name: ratios[index] for index in sorted(ratios)}
     start = graph.calls.index(convs[len(convs) - biases]) if biases else len(graph.calls)
     learns: dict[str, tuple[str, ...]] = {}
     for index, call in enumerate(graph.calls):

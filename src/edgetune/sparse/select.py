@@ -47,7 +47,7 @@ def extended(front: Front, options: Sequence[Option], capacity: int) -> Front:
     worth = order[np.concatenate([[True], sorted_gain[1:] > np.maximum.accumulate(sorted_gain)[:-1]])] \
         if len(order) else order
     origin, choice = np.divmod(worth, len(options))
-    return Front(size.flat[worth], gain.flat[worth], origin.astype(np.int32), choice.astype(np.int8))
+    return Front(size.flat[worth], gain.flat[worth], origin.astype(np.int32), choice.astype(np.int16))
 
 
 def best_update(depths: Mapping[int, Option], layers: Sequence[Sequence[Option]],
@@ -58,7 +58,7 @@ def best_update(depths: Mapping[int, Option], layers: Sequence[Sequence[Option]]
     bytes and gain of the biases at each depth that may be chosen. A layer takes the number of one of its options, or
     None, which costs and gains nothing. None where nothing fits.
     """
-    fronts = [Front(np.zeros(1, np.int64), np.zeros(1), np.zeros(1, np.int32), np.zeros(1, np.int8))]
+    fronts = [Front(np.zeros(1, np.int64), np.zeros(1), np.zeros(1, np.int32), np.zeros(1, np.int16))]
     for options in layers:
         fronts.append(extended(fronts[-1], [(0, 0.0), *options], capacity))
     best: tuple[float, int, int] | None = None
