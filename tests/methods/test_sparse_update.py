@@ -186,3 +186,29 @@ def test_the_window_has_the_largest_norm_of_all(axis: int) -> None:
         weight = torch.randn(7, 7, 3, 2)
         norms = [float(weight.narrow(axis, f, channels).norm()) for f in range(8 - channels)]
         assert norms[window(weight, channels, axis)] == pytest.approx(max(norms))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("net", NETS)
+def test_inside_a_network_all_gradients_are_autograds(net: str, batch: int) -> None:
+    torch.manual_seed(6)
+    model, x = scramble(NETS[net]()).double().eval(), torch.randn(batch, 3, 21, 18, dtype=torch.float64)
+    nn.functional.cross_entropy(model(x), torch.arange(batch)).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    graph = et.trace(model, x)
+    plan = last_layers(graph, None, SparseUpdate(ratio=0.4), scales=True)
+    et.apply(model, plan, graph)
+    nn.functional.cross_entropy(model(x), torch.arange(batch)).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == plan.learned() and sum(name.endswith(SLICE) for name in found) >= 1
+    geometry = {f"{call.name}.{SLICE}": call for call in graph.layers("conv")}
+    for name, grad in found.items():
+        whole = expected[name.replace(SLICE, "weight")]
+        assert whole is not None
+        if name.endswith(SLICE):
+            call = geometry[name]
+            (method,) = plan.layers[call.name]
+            assert isinstance(method, SparseUpdate) and call.geometry is not None
+            whole = method.part(whole, call.geometry)
+        assert torch.allclose(grad, whole, rtol=1e-9, atol=1e-12), name
