@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import edgetune as et
@@ -41,6 +45,39 @@ def test_functional_adds_gates_and_activations_are_found() -> None:
     assert kinds.count("add") == 1 and kinds.count("scale") == 1 and kinds.count("mean") == 2
     functions = [call.function for call in et.trace(NETS["Inverted"](), torch.randn(1, 3, 16, 16)).calls]
     assert {"hardswish", "relu6", "hardsigmoid", "relu"} <= set(functions)
+
+
+class Index(nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "facts"),
+    [
+        (lambda x: x[:, :, ::2, ::3], "subsample", {"stride_h": 2, "stride_w": 3}),
+        (lambda x: x[:, :, 0::2, :], "subsample", {"stride_h": 2, "stride_w": 1}),
+        (lambda x: x[:, :, 1::2, ::2], "other", {}),
+        (lambda x: x[:, :, :8:2, ::2], "other", {}),
+        (lambda x: x[:, ::2, :, :], "other", {}),
+        (lambda x: x[:, 0], "other", {}),
+        (lambda x: x[..., ::2], "other", {}),
+        (lambda x: F.pad(x, (0, 0, 0, 0, 4, 1)), "pad", {"before": 4, "after": 1}),
+        (lambda x: F.pad(x, (0, 0, 0, 0, 0, 3), "constant", 0), "pad", {"before": 0, "after": 3}),
+        (lambda x: F.pad(x, pad=(0, 0, 0, 0, 0, 3), value=0.0), "pad", {"before": 0, "after": 3}),
+        (lambda x: F.pad(x, (0, 0, 0, 0, 4, 1), value=1.0), "other", {}),
+        (lambda x: F.pad(x, (0, 0, 0, 0, -1, 0)), "other", {}),
+        (lambda x: F.pad(x, (1, 0, 0, 0, 4, 1)), "other", {}),
+        (lambda x: F.pad(x, (1, 1)), "other", {}),
+    ],
+)
+def test_shortcuts_without_parameters_are_found(function: Callable[..., Any], kind: str, facts: dict[str, int]) -> None:
+    call = et.trace(Index(function), torch.randn(2, 3, 16, 16)).calls[1]
+    assert (call.kind, call.attributes) == (kind, facts)
 
 
 def test_what_cannot_be_followed_is_named_and_still_listed_inside() -> None:

@@ -1,4 +1,8 @@
-"""Imports go one way: a module imports only from its left on the line, a heavy library only where used."""
+"""Imports go one way: a module imports only from its left on the line, a heavy library only where used.
+
+`quantize` stands behind the hosts and methods, whose gradients and kernels it uses, and before `apply`: it makes a
+network of its own, with its own list of what learns, and is told nothing of plans.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
     "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "contract", "hosts",
-    "methods", "route", "apply", "allocator", "scratch", "meter", "profile", "calibrate", "knapsack", "plan", "sparse",
-    "models", "data", "costs", "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
+    "methods", "quantize", "route", "apply", "allocator", "scratch", "meter", "profile", "stopwatch", "draft",
+    "calibrate", "knapsack", "prospect", "plan", "reasons", "front", "sparse", "models", "data", "cache", "costs",
+    "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
 ]  # fmt: skip
 BASICS = {"errors", "units", "shapes", "record"}
 NARROW = {"models": BASICS, "data": BASICS}

@@ -1,62 +1,23 @@
-"""The planner: exact against brute force, never over its budget, clear where nothing fits."""
+"""The planner: never over its budget, clear where nothing fits."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-from dataclasses import replace
+from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 import edgetune as et
 from edgetune.errors import BudgetError, PlanError
-from edgetune.knapsack import Choice, best_choices
+from edgetune.knapsack import total_of
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
-from edgetune.plan import Budget, last_layers, plan
+from edgetune.plan import Budget, Planner, last_layers, plan
 from edgetune.profile import measure, profile
-from nets import NETS, scramble
-
-shares = st.sampled_from([0.0, 0.25, 0.5, 1.0])
-choices = st.lists(st.builds(Choice, st.integers(0, 40), st.integers(0, 20).map(float), shares, st.booleans()),
-                   min_size=1, max_size=3)
-
-
-def total(taken: list[Choice]) -> float:
-    """Gains of a run of layers, each times what the layers behind it let pass."""
-    gain = 0.0
-    for choice in taken:
-        gain = choice.gain + choice.passes * gain
-    return gain
-
-
-@given(st.lists(choices, min_size=1, max_size=5), st.integers(0, 100))
-def test_knapsack_is_as_good_as_trying_everything(layers: list[list[Choice]], room: int) -> None:
-    """Buckets of one byte, so that nothing is rounded: the gain equals the best of all combinations at all depths."""
-    layers = [[c if c.learns else replace(c, gain=0.0) for c in own] for own in layers]
-    gain, picked = best_choices(layers, room, buckets=max(room, 1))
-    best = 0.0
-    for depth in range(len(layers)):
-        for combination in itertools.product(*layers[depth:]):
-            if combination[0].learns and sum(c.weight_bytes for c in combination) <= room:
-                best = max(best, total(list(combination)))
-    taken = [layer[pick] for layer, pick in zip(layers, picked, strict=True) if pick is not None]
-    assert gain == pytest.approx(best) and total(taken) == pytest.approx(best)
-    assert sum(c.weight_bytes for c in taken) <= room
-    behind = [pick is not None for pick in picked]
-    assert behind == sorted(behind) and (not taken or taken[0].learns)
-
-
-@given(st.integers(1, 10**9))
-def test_knapsack_never_exceeds_the_capacity_by_rounding(capacity: int) -> None:
-    layers = [[Choice(capacity // 3 + 1, 1.0), Choice(7, 0.0, 1.0, learns=False)] for _ in range(4)]
-    _, picked = best_choices(layers, capacity, buckets=64)
-    taken = sum(layers[i][p].weight_bytes for i, p in enumerate(picked) if p is not None)
-    assert taken <= capacity
+from macs import times_that_count_macs
+from nets import NETS, block, scramble
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +40,9 @@ def test_plans_hold_their_budget_when_measured(case: tuple[nn.Module, torch.Tens
 
 def test_more_memory_never_learns_less(case: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
     model, x, y = case
-    head = profile(model, x[:1], last_layers(et.trace(model, x), 0, Exact())).peak_bytes
+    with pytest.raises(BudgetError) as refused:
+        plan(model, x, Budget(memory_bytes=64), (x, y))
+    head = int(str(refused.value).rpartition("(")[2].split()[0])
     counts = [len(plan(model, x, Budget(memory_bytes=int(head * share)), (x, y)).learned()) for share in (1.3, 3, 90)]
     assert counts == sorted(counts) and counts[0] < counts[-1]
 
@@ -98,11 +61,75 @@ def test_an_impossible_budget_says_the_smallest_that_works(case: tuple[nn.Module
     assert plan(model, x, Budget(memory_bytes=smallest), (x, y)).learns
 
 
-def test_time_budgets_freeze_from_the_input_on(case: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
-    model, x, y = case
-    assert plan(model, x, Budget(step_ms=1e9), (x, y)).learned() == plan(model, x, Budget(), (x, y)).learned()
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planner]:
+    """A planner whose clock counts multiply-accumulates."""
+    torch.manual_seed(3)
+    with times_that_count_macs(tmp_path_factory.mktemp("cache")):
+        model = nn.Sequential(block(3, 6), block(6, 8, stride=2), block(8, 8), block(8, 8, groups=4),
+                              nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+        yield Planner(scramble(model), torch.randn(8, 3, 16, 16), methods=(Exact(), PooledChain(patch_px=2)))
+
+
+def between(planner: Planner, share: float) -> float:
+    """A step time between that of the head alone and that of everything exact."""
+    head = planner.head_ms(8)
+    return head + share * (planner.prospect.measured_ms(planner.plan(Budget())) - head)
+
+
+def test_time_budgets_hold_and_more_time_never_gains_less(planner: Planner) -> None:
+    gains = []
+    for share in (0.05, 0.25, 0.5, 1.1):
+        step_ms = between(planner, share)
+        found = planner.find(Budget(step_ms=step_ms))
+        assert planner.prospect.measured_ms(found.made) <= step_ms
+        gains.append(found.total.gain)
+    assert gains == sorted(gains) and 0 < gains[1] < gains[-1]
+    assert gains[-1] == pytest.approx(planner.prospect.most_gain)
+
+
+def test_time_chooses_cheaper_methods_before_it_freezes(planner: Planner) -> None:
+    """What freezing from the input on would leave of the unhurried plan gains less."""
+    step_ms, unhurried = between(planner, 0.5), planner.find(Budget())
+    choices = planner.prospect.choices(8, timed=True)
+    frozen = [total_of(choices, [None] * depth + list(unhurried.picked[depth:])) for depth in range(4)]
+    left = max(total.gain for total in frozen if total.ms <= step_ms - planner.head_ms(8))
+    found = planner.find(Budget(step_ms=step_ms))
+    assert found.total.gain > left
+    assert PooledChain in {type(stack[0]) for stack in found.made.layers.values()}
+
+
+def test_both_budgets_hold(planner: Planner) -> None:
+    prospect = planner.prospect
+    peak, step_ms = prospect.measured_peak(planner.plan(Budget())), between(planner, 0.6)
+    made = planner.plan(Budget(memory_bytes=int(0.7 * peak), step_ms=step_ms))
+    assert prospect.measured_peak(made) <= 0.7 * peak and prospect.measured_ms(made) <= step_ms
+    assert any("weight" in roles for layer, roles in made.learns.items() if layer in made.layers)
+
+
+@pytest.mark.parametrize("slower", [0.3, 3.0, 1e6])
+def test_a_step_that_takes_other_than_its_layers_has_the_last_word(planner: Planner, slower: float,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    head, step_ms, real = planner.head_ms(8), between(planner, 0.5), planner.prospect.measured_ms
+    expected = planner.find(Budget(step_ms=step_ms)).total.gain
+
+    def measured_ms(made: et.Plan) -> float:
+        return head + slower * (real(made) - head)
+
+    monkeypatch.setattr(planner.prospect, "measured_ms", measured_ms)
+    found = planner.find(Budget(step_ms=step_ms))
+    assert measured_ms(found.made) <= step_ms
+    assert found.total.gain > expected if slower < 1 else found.total.gain < expected
+    assert slower < 1e3 or found.made == planner.prospect.nothing(8).made
+
+
+def test_an_impossible_time_says_the_smallest_that_works(planner: Planner) -> None:
+    with pytest.raises(BudgetError, match=r"smallest step time that works here is .*\(([\d.]+) ms\)") as refused:
+        planner.plan(Budget(step_ms=1e-3))
+    smallest = float(str(refused.value).rpartition("(")[2].split()[0])
+    assert planner.plan(Budget(step_ms=smallest)).learns
     with pytest.raises(BudgetError, match="even when only the head learns"):
-        plan(model, x, Budget(step_ms=1e-9), (x, y))
+        planner.plan(Budget(memory_bytes=2**30, step_ms=1e-3))
 
 
 def test_planning_leaves_the_model_untouched(case: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:

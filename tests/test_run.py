@@ -194,6 +194,13 @@ def test_a_run_survives_json_to_the_last_bit(trained: tuple[Path, nn.Module], tm
     assert Run.load(tmp_path / RUN) == odd
 
 
+def test_a_run_from_before_there_was_a_cache_is_read(trained: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    told = json.loads((trained[0] / RUN).read_text())
+    del told["settings"]["cache"], told["cached"]
+    (tmp_path / RUN).write_text(json.dumps(told))
+    assert Run.load(tmp_path / RUN) == Run.load(trained[0] / RUN)
+
+
 def test_tensors_and_their_text_come_back(tmp_path: Path) -> None:
     tied = torch.randn(3, 4)
     tensors = {"a": tied, "tied": tied, "flipped": tied.t(), "count": torch.tensor(7)}

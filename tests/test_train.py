@@ -10,7 +10,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,12 +37,7 @@ STEPS = 5 * EPOCHS  # the last batch of an epoch is a small one
 VIEWS = Augment(flip=True, crop_scale=0.7, shift_px=2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -510,6 +505,9 @@ class TestSurroundings:
 
             def epoch(self, number: int, row: Epoch) -> None:
                 seen.append(number)
+
+            def tell(self, sentence: str) -> None:
+                seen.append(sentence)
 
         start(tmp_path / "out", baseline=True, progress=Watch(),
               on_finish=lambda out, run: seen.append((out, run.status)))  # fmt: skip

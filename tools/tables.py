@@ -139,6 +139,22 @@ TABLES = {
             "peak": against("peak_bytes"),
         },
     ),
+    "cache": Table(
+        suite="cache",
+        key=("case", "method", "patch_px", "taps", "codec", "batch"),
+        columns={
+            "what learns": text("case"),
+            "method": text("method"),
+            "patch": text("patch_px"),
+            "codec": text("codec"),
+            "a picture takes": size("sample_bytes"),
+            "plain": number("baseline_ms", 0, " ms"),
+            "without a cache": number("uncached_ms", 0, " ms"),
+            "cached": number("method_ms", 0, " ms"),
+            "to plain": number("speedup", 1, "x"),
+            "to without": number("method_speedup", 1, "x"),
+        },
+    ),
     "transfer": Table(
         suite="transfer",
         key=("case", "method", "patch_px", "taps"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgetune.apply import Undo, apply
+    from edgetune.cache import Cache
     from edgetune.contract import Plan
     from edgetune.data import Dataset, Preprocess, load_data
     from edgetune.errors import EdgetuneError
@@ -45,6 +46,7 @@ _HOMES = {
     "Dataset": "data",
     "Preprocess": "data",
     "load_data": "data",
+    "Cache": "cache",
     "Run": "run",
     "train": "train",
     "report": "report",
@@ -64,6 +66,7 @@ __all__ = [
     "apply",
     "Undo",
     "train",
+    "Cache",
     "Run",
     "report",
     "load_model",

@@ -24,9 +24,9 @@ Shape = tuple[int, ...]
 class Call(Record):
     """One call of one layer. Shapes are those of the sample; `inputs` and `consumers` are node names.
 
-    `kind` is conv, linear, norm, activation, max_pool, mean, add, scale, pad, dropout, flatten, input, output,
-    opaque or other; `function` names the torch function; `params` maps a role (weight, bias, running_mean ...) to
-    a qualified name.
+    `kind` is conv, linear, norm, activation, max_pool, mean, add, scale, subsample (every n-th pixel), pad (zero
+    channels), dropout, flatten, input, output, opaque or other; `function` names the torch function; `params` maps a
+    role (weight, bias, running_mean ...) to a qualified name.
     """
 
     name: str

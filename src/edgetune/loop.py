@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,10 +19,13 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
+from edgetune.cache import CacheUse, Features
 from edgetune.data import Dataset, batches, generator_for
 from edgetune.errors import DivergedError, RunError
 from edgetune.record import Record
 from edgetune.run import Epoch, Settings, device_of, evaluate, fill, read_tensors, write_tensors
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 SAVE_EVERY_S = 60.0
 """Longest time in seconds that a kill can undo within an epoch."""
@@ -29,15 +33,17 @@ SAVE_EVERY_S = 60.0
 
 class Progress(Protocol):
     """Whoever wants to watch: `start` at each training (planned, then plain), `advance` after a step, `epoch`
-    after each pass. Raising KeyboardInterrupt from any of them stops as Ctrl-C does."""
+    after each pass, `tell` with a sentence that a person should know. Raising KeyboardInterrupt from any of them
+    stops as Ctrl-C does."""
 
     def start(self, title: str, total: int, done: int) -> None: ...
     def advance(self) -> None: ...
     def epoch(self, number: int, row: Epoch) -> None: ...
+    def tell(self, sentence: str) -> None: ...
 
 
 class Silent:
-    """A `Progress` that nobody watches."""
+    """A `Progress` that nobody watches; what a person should know becomes a warning."""
 
     def start(self, title: str, total: int, done: int) -> None:
         pass
@@ -48,6 +54,9 @@ class Silent:
     def epoch(self, number: int, row: Epoch) -> None:
         pass
 
+    def tell(self, sentence: str) -> None:
+        warnings.warn(sentence, stacklevel=2)
+
 
 def rate_at(step: int, total: int, settings: Settings) -> float:
     """The learning rate of a step (0 .. total-1): up in a straight line, then down to 0 as half a cosine."""
@@ -57,11 +66,11 @@ def rate_at(step: int, total: int, settings: Settings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
 
 
-def accumulate(model: nn.Module, x: torch.Tensor, y: torch.Tensor, micro_batch: int) -> float:
+def accumulate(model: Forward, x: torch.Tensor, y: torch.Tensor, micro_batch: int) -> float:
     """Add the gradient of the mean cross-entropy of x (n c h w), y (n), `micro_batch` samples at a time.
 
     Equal to the whole batch at once wherever samples don't see each other, as with frozen norms. Returns the
-    loss.
+    loss. With cached features x (n) are the numbers of the pictures.
     """
     total = 0.0
     for xs, ys in zip(x.split(micro_batch), y.split(micro_batch), strict=True):
@@ -82,7 +91,10 @@ class Position(Record):
 
 @dataclass
 class Leg:
-    """One training of one network, planned or plain; `saved` hears of every epoch and of Ctrl-C."""
+    """One training of one network, planned or plain; `saved` hears of every epoch and of Ctrl-C.
+
+    With `features`, and `val_features`, the frozen part of the network is looked up instead of run.
+    """
 
     model: nn.Module
     data: Dataset
@@ -90,6 +102,8 @@ class Leg:
     micro_batch: int
     checkpoint: Path
     saved: Callable[[Position], None]
+    features: Features | None = None
+    val_features: Features | None = None
     at: Position = field(default_factory=Position)
     whole: bool = True  # False while weights, momentum and step number are not of one moment
 
@@ -147,16 +161,9 @@ class Leg:
 
     def _steps(self, epoch: int, progress: Progress) -> None:
         last_save = time.monotonic()
-        for x, y in batches(
-            self.data.train,
-            self.settings.batch_size,
-            seed=self.settings.seed,
-            epoch=epoch,
-            settings=self.settings.augment,
-            start=self.at.step - epoch * self.per_epoch,
-        ):
+        for forward, x, y in self._batches(epoch):
             began = time.perf_counter()
-            loss = self._step(x, y)
+            loss = self._step(forward, x, y)
             self.whole = False
             self.optimizer.step()
             self.at = Position(
@@ -171,12 +178,23 @@ class Leg:
                 last_save = time.monotonic()
             progress.advance()
 
-    def _step(self, x: torch.Tensor, y: torch.Tensor) -> float:
+    def _batches(self, epoch: int) -> Iterator[tuple[Forward, torch.Tensor, torch.Tensor]]:
+        """What is left of an epoch: for each batch the forward pass, what goes in, and the labels y (n)."""
+        start = self.at.step - epoch * self.per_epoch
+        if self.features is not None:
+            yield from self.features.batches(epoch, start)
+            return
+        settings = self.settings
+        for x, y in batches(self.data.train, settings.batch_size, seed=settings.seed, epoch=epoch,
+                            settings=settings.augment, start=start):  # fmt: skip
+            yield self.model, x, y
+
+    def _step(self, forward: Forward, x: torch.Tensor, y: torch.Tensor) -> float:
         """The gradients of one batch, clipped; raises DivergedError before they can spoil the weights."""
         device = device_of(self.model)
         torch.manual_seed(generator_for("step", self.settings.seed, self.at.step).initial_seed())  # dropout
         self.optimizer.zero_grad()
-        loss = accumulate(self.model, x.to(device), y.to(device), self.micro_batch)
+        loss = accumulate(forward, x.to(device), y.to(device), self.micro_batch)
         norm = nn.utils.clip_grad_norm_(self.learned.values(), self.settings.clip_norm)
         if not math.isfinite(loss) or not math.isfinite(norm):
             where = f"step {self.at.step + 1} of {self.total}"
@@ -185,8 +203,16 @@ class Leg:
             group["lr"] = rate_at(self.at.step, self.total, self.settings)
         return loss
 
+    def cached(self) -> CacheUse | None:
+        """What the features have done so far."""
+        if self.features is None or self.val_features is None:
+            return None
+        val = self.val_features.use
+        return self.features.use.model_copy(update={"validation_bytes": val.stored * val.sample_bytes})
+
     def _close(self, epoch: int, progress: Progress) -> None:
-        score = evaluate(self.model, self.data.val, len(self.data.classes), self.settings.batch_size)
+        classes, batch_size = len(self.data.classes), self.settings.batch_size
+        score = evaluate(self.model, self.data.val, classes, batch_size, self.val_features)
         if not math.isfinite(score.loss):
             raise DivergedError(f"the validation loss is not a number after epoch {epoch + 1}")
         row = Epoch(

@@ -1,39 +1,35 @@
 """model, Budget -> Plan: which layers learn and how each one's gradient is computed.
 
-The planner weighs every layer's expected gain against its bytes, solves the choice exactly for every depth, and then
-checks the plan by predicting its peak with the very code that will run.
+The planner weighs every layer's expected gain against its bytes and its time, solves the choice for every depth, and
+then checks the plan with the very code that will run: its peak is predicted, and both are held by a real step.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from edgetune.apply import apply
-from edgetune.calibrate import Calibration, calibrate, drawn_labels
 from edgetune.contract import Method, Plan
-from edgetune.errors import BudgetError, PlanError
-from edgetune.graph import Call, Graph, trace
-from edgetune.knapsack import Choice, best_choices
+from edgetune.draft import last_layers
+from edgetune.errors import BudgetError
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
-from edgetune.profile import measure, measured_peak, predicted_peak, profile
+from edgetune.prospect import Found, Prospect
 from edgetune.record import Record
+from edgetune.stopwatch import Progress
 from edgetune.units import format_bytes, format_ms
 
 DEFAULT_METHODS: tuple[Method, ...] = (Exact(), PooledChain(patch_px=2), PooledChain(patch_px=4),
                                        PooledChain(patch_px=7))
 MARGIN = 0.97
 """Share of the budget that a prediction may fill: predicted and measured peaks differ by less than the rest."""
-
-
 NEAR = 0.8
 """A larger micro-batch is taken where it gains at least this share of what the best one does."""
+ROUNDS, TIMED_ROUNDS = 6, 4
+"""How many plans are tried by a real step, at most: for its memory, for its time."""
 
 
 class Budget(Record):
@@ -44,226 +40,177 @@ class Budget(Record):
     step_ms: float | None = Field(None, gt=0)
 
 
-def last_layers(graph: Graph, count: int | None, method: Method, *, scales: bool = False) -> Plan:
-    """The plan in which the last `count` convolutions (None: all) learn by `method`, and all that follows learns too.
-
-    Norms after the first learning convolution train their shift, and their scale with `scales`; linear layers train.
-    Raises PlanError when the graph has fewer convolutions than asked for.
-    """
-    convs = graph.layers("conv")
-    if count is not None and count > len(convs):
-        raise PlanError(f"the last {count} convolutions are asked for, but the network has {len(convs)}: "
-                        f"ask for at most {len(convs)}")
-    chosen = list(convs if count is None else convs[len(convs) - count:])
-    return _write(graph, {call.node: method for call in chosen}, frozenset(call.node for call in chosen),
-                  scales=scales)
-
-
 def plan(model: nn.Module, sample: torch.Tensor, budget: Budget,
          batch: tuple[torch.Tensor, torch.Tensor] | None = None, *, methods: Sequence[Method] = DEFAULT_METHODS,
-         optimizer_copies: int = 1) -> Plan:
+         optimizer_copies: int = 1, progress: Progress | None = None) -> Plan:
     """Choose what learns, and how, to gain the most under the budget.
 
     `sample` x (n c h w) is a training batch; `batch` (x, y) calibrates importance and fidelity, by default the sample
     with labels drawn from the model. Among `methods` Exact must be one. Micro-batching is one of the planner's knobs.
+    `progress` hears a sentence when layers have to be timed, which a budget with `step_ms` needs once a machine.
     Raises BudgetError, with the smallest budget that works, when not even the head can learn.
     """
-    planner = _Planner(model, sample, tuple(methods), optimizer_copies, batch)
-    if budget.memory_bytes is None:
-        micro, made = len(sample), planner.solve(None, len(sample))
-    else:
-        micro = planner.micro_batch(budget.memory_bytes)
-        made = planner.fit(budget.memory_bytes, micro)
-    if budget.step_ms is not None:
-        made = planner.hold_time(made, budget.step_ms)
-    return made
+    return Planner(model, sample, batch, methods=methods, optimizer_copies=optimizer_copies,
+                   progress=progress).plan(budget)
 
 
-@dataclass
-class _Solved:
-    gain: float
-    made: Plan
+class Planner:
+    """Plans for one network under as many budgets as one likes; what `plan` is told of, it is told of once."""
 
+    def __init__(self, model: nn.Module, sample: torch.Tensor,
+                 batch: tuple[torch.Tensor, torch.Tensor] | None = None, *,
+                 methods: Sequence[Method] = DEFAULT_METHODS, optimizer_copies: int = 1,
+                 progress: Progress | None = None) -> None:
+        self.prospect = Prospect(model, sample, methods, optimizer_copies, batch, progress)
+        self.batch = len(sample)
+        self._head_ms: dict[int, float] = {}
 
-class _Planner:
-    """What does not change while budgets and micro-batches are tried."""
+    def plan(self, budget: Budget) -> Plan:
+        """As `plan`."""
+        return self.find(budget).made
 
-    def __init__(self, model: nn.Module, sample: torch.Tensor, methods: tuple[Method, ...], copies: int,
-                 batch: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        self.model, self.sample, self.methods, self.copies = model, sample, methods, copies
-        self.graph = trace(model, sample[:1]).model_copy(update={"input_shape": tuple(sample.shape)})
-        self.convs = self.graph.layers("conv")
-        whole = [last_layers(self.graph, None, method) for method in methods]
-        batch = batch or (sample, drawn_labels(model, sample))
-        self.worth: Calibration = calibrate(model, self.graph, batch, whole, methods)
-        one = [made.model_copy(update={"micro_batch": 1}) for made in whole]
-        self.kept = {method: self._kept(made) for method, made in zip(methods, one, strict=True)}
-        self.faith = {method: _faith([self.worth.fidelity[method].get(c.name, 0.0) for c in self.convs])
-                      for method in methods}
-        self.head = _write(self.graph, {}, frozenset())
+    def find(self, budget: Budget) -> Found:
+        """The plan with its choices and what they sum to by prediction; the budget is held by real steps.
 
-    def solve(self, capacity_bytes: int | None, micro: int) -> Plan:
-        return self._solve(capacity_bytes, micro).made
+        Where a real step takes so much more memory than predicted that too little is left to gain, smaller
+        micro-batches are tried.
+        """
+        micro, expected = self.micro_batch(budget)
+        best: Found | None = None
+        while True:
+            found = self._hold(budget, micro)
+            if found is not None and (best is None or found.total.gain > best.total.gain):
+                best = found
+            enough = best is not None and (budget.step_ms is not None or best.total.gain >= NEAR * expected)
+            if budget.memory_bytes is None or enough or micro == 1:
+                break
+            micro //= 2
+        if best is None:
+            if budget.step_ms is not None and self._head(budget.memory_bytes, micro) is not None:
+                self._spare_ms(budget.step_ms, micro)  # raises: parts as small as the memory asks for take too long
+            raise self._too_little(budget.memory_bytes)
+        return best
 
-    def fit(self, memory_bytes: int, micro: int) -> Plan:
-        """Fill the budget by prediction, then hold it by one real step: what the device says has the last word."""
-        allowed = memory_bytes * MARGIN
-        for _ in range(4):
-            made = self._fill(int(allowed), micro)
-            took = measured_peak(self._applied(made), self.sample, optimizer_copies=self.copies,
-                                 micro_batch=made.micro_batch)
-            if took <= memory_bytes:
-                return made
-            allowed *= 0.99 * memory_bytes / took
-        return self._with_part(self.head, micro)
+    def micro_batch(self, budget: Budget) -> tuple[int, float]:
+        """The largest micro-batch whose gain comes near the best one's, as smaller ones cost time; and its gain.
 
-    def _fill(self, allowed: int, micro: int) -> Plan:
-        """Solve, predict the peak, and give back or take away until the budget is filled and never exceeded."""
-        best = _Solved(0.0, self._with_part(self.head, micro))
-        capacity = allowed - self._peak(self.head, micro)
-        for _ in range(6):
+        Raises BudgetError where the head alone takes more memory or time than there is.
+        """
+        spare = {self.batch: None} if budget.memory_bytes is None else self._spare_bytes(budget.memory_bytes)
+        order, at, gains = list(spare), 0, [0.0]
+        spare_ms = None if budget.step_ms is None else self._spare_ms(budget.step_ms, order[0])
+        if budget.memory_bytes is not None:
+            gains = [self.prospect.solve(spare[micro], spare_ms, micro).total.gain for micro in order]
+            at = next(i for i, gain in enumerate(gains) if gain >= NEAR * max(gains))
+        while budget.step_ms is not None and at and self.head_ms(order[at]) > budget.step_ms:
+            at -= 1
+        return order[at], gains[at]
+
+    def _spare_bytes(self, memory_bytes: int) -> dict[int, float | None]:
+        """Micro-batches with which the head can learn, largest first, and about how many bytes each leaves."""
+        micro, spare = self.batch, dict[int, float | None]()
+        least, most = (self.prospect.predicted_peak(self.prospect.head, micro) for micro in (1, self.batch))
+        while micro >= 1:
+            share = (micro - 1) / max(self.batch - 1, 1)
+            left = memory_bytes * MARGIN - least - share * (most - least)
+            if left >= 0:
+                spare[micro] = left
+            micro //= 2
+        if not spare:
+            raise self._too_little(memory_bytes)
+        return spare
+
+    def _too_little(self, memory_bytes: int | None) -> BudgetError:
+        head = self.prospect.nothing(1).made
+        smallest = max(int(self.prospect.predicted_peak(head, 1) / MARGIN) + 1, self.prospect.measured_peak(head))
+        return BudgetError(f"{format_bytes(memory_bytes or 0)} is too little to train even the last layer: the "
+                           f"smallest budget that works here is {format_bytes(smallest)} ({smallest} bytes)")
+
+    def _spare_ms(self, step_ms: float, micro: int) -> float:
+        """What a step may take beyond one in which only the head learns. Raises BudgetError where nothing is left."""
+        head = self.head_ms(micro)
+        if head > step_ms:
+            smallest = head / MARGIN
+            raise BudgetError(f"{format_ms(step_ms)} is too little even when only the head learns: the smallest step "
+                              f"time that works here is {format_ms(smallest)} ({smallest:.3f} ms); allow that, or use "
+                              "a smaller batch or input")
+        return max(MARGIN * step_ms - head, 0.0)
+
+    def head_ms(self, micro: int) -> float:
+        """How long a step takes in which only the head learns, measured once for each micro-batch."""
+        if micro not in self._head_ms:
+            self._head_ms[micro] = self.prospect.measured_ms(self.prospect.in_parts(self.prospect.head, micro))
+        return self._head_ms[micro]
+
+    def fill(self, allowed_bytes: int | None, spare_ms: float | None, micro: int, timed: bool = False) -> Found:
+        """Solve, predict the peak, and give back or take away until the memory is filled and never exceeded."""
+        if allowed_bytes is None:
+            return self.prospect.solve(None, spare_ms, micro, timed)
+        best = self.prospect.nothing(micro)
+        capacity = allowed_bytes - self.prospect.predicted_peak(best.made, micro)
+        for _ in range(ROUNDS):
             if capacity <= 0:
                 break
-            found = self._solve(capacity, micro)
-            spare = allowed - self._peak(found.made, micro)
-            if spare >= 0 and found.gain >= best.gain:
+            found = self.prospect.solve(capacity, spare_ms, micro, timed)
+            spare = allowed_bytes - self.prospect.predicted_peak(found.made, micro)
+            if spare >= 0 and found.total.gain >= best.total.gain:
                 best = found
-            if 0 <= spare < 0.05 * allowed or (spare >= 0 and found.made == self._solve(2 * capacity, micro).made):
+            if 0 <= spare < 0.05 * allowed_bytes:
+                break
+            if spare >= 0 and found.made == self.prospect.solve(2 * capacity, spare_ms, micro, timed).made:
                 break
             capacity += spare if spare >= 0 else int(1.05 * spare)
-        return best.made
+        return best
 
-    def micro_batch(self, memory_bytes: int) -> int:
-        """The largest micro-batch whose gain comes near the best one's: smaller ones cost time."""
-        micro, tried = len(self.sample), []
-        smallest_peak, largest_peak = self._peak(self.head, 1), self._peak(self.head, micro)
-        while micro >= 1:
-            share = (micro - 1) / max(len(self.sample) - 1, 1)
-            spare = int(memory_bytes * MARGIN - smallest_peak - share * (largest_peak - smallest_peak))
-            if spare >= 0:
-                tried.append((micro, self._solve(spare, micro).gain))
-            micro //= 2
-        if not tried:
-            smallest = int(smallest_peak / MARGIN) + 1
-            raise BudgetError(f"{format_bytes(memory_bytes)} is too little to train even the last layer: "
-                              f"the smallest budget that works here is {format_bytes(smallest)} ({smallest} bytes)")
-        most = max(gain for _, gain in tried)
-        return next(micro for micro, gain in tried if gain >= NEAR * most)
+    def _hold(self, budget: Budget, micro: int) -> Found | None:
+        """The best plan that real steps show to keep to the budget; None where not even the head does."""
+        if budget.step_ms is None:
+            return self._hold_bytes(budget.memory_bytes, None, micro)
+        if self.head_ms(micro) > budget.step_ms:
+            return None
+        return self._hold_ms(budget.memory_bytes, budget.step_ms, micro)
 
-    def hold_time(self, made: Plan, step_ms: float) -> Plan:
-        """Freeze from the input on until a measured step is fast enough."""
-        while True:
-            took = measure(self._applied(made), self.sample, micro_batch=made.micro_batch, repeats=3).step_ms or 0.0
+    def _hold_bytes(self, memory_bytes: int | None, spare_ms: float | None, micro: int) -> Found | None:
+        """Fill the memory by prediction, then hold it by one real step: what the device says has the last word."""
+        if memory_bytes is None:
+            return self.fill(None, spare_ms, micro)
+        allowed = memory_bytes * MARGIN
+        for _ in range(ROUNDS):
+            found = self.fill(int(allowed), spare_ms, micro)
+            took = self.prospect.measured_peak(found.made)
+            if took <= memory_bytes:
+                return found
+            allowed *= 0.99 * memory_bytes / took
+        return self._head(memory_bytes, micro)
+
+    def _head(self, memory_bytes: int | None, micro: int) -> Found | None:
+        """The plan in which only the head learns, if a real step keeps to the memory."""
+        head = self.prospect.nothing(micro)
+        fits = memory_bytes is None or self.prospect.measured_peak(head.made) <= memory_bytes
+        return head if fits else None
+
+    def _hold_ms(self, memory_bytes: int | None, step_ms: float, micro: int) -> Found | None:
+        """Fill the time by what layers take alone, then by what a real step shows them to take together.
+
+        A step that takes too long is taken back, one that leaves time is added to; of those that hold, the one that
+        gains most is the answer.
+        """
+        best, head = self._head(memory_bytes, micro), self.head_ms(micro)
+        spare = wanted = self._spare_ms(step_ms, micro)
+        for _ in range(TIMED_ROUNDS if best is not None else 0):
+            found = self._hold_bytes(memory_bytes, spare, micro)
+            if best is None or found is None or found.made == best.made:
+                break
+            took = self.prospect.measured_ms(found.made)
+            real = max((took - head) / max(found.total.ms, 1e-6), 0.1)
             if took <= step_ms:
-                return made
-            learning = [call for call in self.convs if "weight" in made.learns.get(call.name, ())]
-            if not learning:
-                raise BudgetError(f"a step takes {format_ms(took)} even when only the head learns, more than "
-                                  f"{format_ms(step_ms)}: use a smaller batch or input, or allow that time")
-            # time grows about evenly with depth: drop that share of the layers, at least one
-            keep = min(int(len(learning) * step_ms / took), len(learning) - 1)
-            chosen = frozenset(call.node for call in learning[len(learning) - keep:])
-            settings = {call.node: made.layers[call.name][0] for call in self.convs if call.name in made.layers}
-            made = self._with_part(_write(self.graph, settings, chosen), made.micro_batch or len(self.sample))
-
-    def _solve(self, capacity_bytes: int | None, micro: int) -> _Solved:
-        layers = [self._choices(index, micro) for index in range(len(self.convs))]
-        capacity = sum(max(c.weight_bytes for c in choices) for choices in layers) * 2 if capacity_bytes is None \
-            else capacity_bytes
-        gain, picked = best_choices(layers, capacity)
-        settings, learning = {}, set()
-        for call, pick in zip(self.convs, picked, strict=True):
-            if pick is not None:
-                settings[call.node] = self.methods[pick % len(self.methods)]
-                learning |= {call.node} if pick < len(self.methods) else set()
-        made = _write(self.graph, settings, frozenset(learning))
-        return _Solved(gain, self._with_part(made, micro))
-
-    def _choices(self, index: int, micro: int) -> list[Choice]:
-        """For each method, in order: learning by it; then, for each, only letting the gradient pass by it."""
-        call = self.convs[index]
-        params = 4 * (1 + self.copies) * sum(_count(call.param_shapes[role]) for role in ("weight", "bias")
-                                             if role in call.params)
-        learning, passing = [], []
-        for method in self.methods:
-            own, after = self.kept[method][call.node]
-            faith, passes = self.faith[method][index]
-            worth = self.worth.importance.get(call.name, 0.0) * faith
-            learning.append(Choice((own + after) * micro + params, worth, passes))
-            passing.append(Choice(after * micro, 0.0, passes, learns=False))
-        return [*learning, *passing]
-
-    def _kept(self, made: Plan) -> dict[str, tuple[int, int]]:
-        """Bytes that one sample keeps at each convolution: (its own, those of the calls up to the next one)."""
-        cost = profile(self.model, self.sample[:1], made, optimizer_copies=0, graph=self.graph)
-        by_name = {layer.name: layer.kept_bytes for layer in cost.layers}
-        calls = {name: sum(call.name == name for call in self.graph.calls) for name in by_name}
-        shares: dict[str, tuple[int, int]] = {}
-        current: str | None = None
-        for call in self.graph.calls:
-            share = -(-by_name.get(call.name, 0) // max(calls.get(call.name, 1), 1))
-            if call.kind == "conv":
-                current = call.node
-                shares[current] = (share, 0)
-            elif current is not None and call.kind != "linear":
-                shares[current] = (shares[current][0], shares[current][1] + share)
-        return shares
-
-    def _peak(self, made: Plan, micro: int) -> int:
-        return predicted_peak(self.model, self.sample, self._with_part(made, micro), self.graph,
-                              optimizer_copies=self.copies)
-
-    def _with_part(self, made: Plan, micro: int) -> Plan:
-        return made.model_copy(update={"micro_batch": None if micro >= len(self.sample) else micro})
-
-    def _applied(self, made: Plan) -> nn.Module:
-        twin = copy.deepcopy(self.model)
-        apply(twin, made, self.graph)
-        return twin
+                best = max(best, found, key=lambda each: each.total.gain)
+                if wanted / real < 1.05 * spare:
+                    break
+                spare = wanted / real
+            else:
+                spare = min(wanted / real, 0.9 * spare)
+        return best
 
 
-def _faith(cosines: list[float]) -> list[tuple[float, float]]:
-    """For each layer, input to output: how faithful its own weight gradient is, and which share of faith it passes on.
-
-    `cosines` are those of a whole network on one method, so each is a layer's own times the shares of all behind it.
-    """
-    faith: list[tuple[float, float]] = []
-    through = 1.0
-    for index in range(len(cosines) - 1, -1, -1):
-        here = min(max(cosines[index], 0.0), through)
-        before = max(cosines[index - 1], 0.0) if index else 0.0
-        passes = min(before / here, 1.0) if here > 0 else 0.0
-        faith.append((here / through if through > 0 else 0.0, passes))
-        through *= passes
-    return faith[::-1]
-
-
-def _write(graph: Graph, settings: dict[str, Method], learning: frozenset[str], scales: bool = False) -> Plan:
-    """The plan in which the convolutions `learning` learn, and all behind them that is cheap learns too; every
-    convolution behind the first passes its gradient on by its `settings` (both by node)."""
-    first = next((i for i, call in enumerate(graph.calls) if call.node in learning), len(graph.calls))
-    layers: dict[str, tuple[Method, ...]] = {}
-    learns: dict[str, tuple[str, ...]] = {}
-    for call in graph.calls[first:]:
-        if call.kind == "norm" and (roles := _roles(call, ("weight", "bias") if scales else ("bias",))):
-            learns[call.name] = roles
-        if call.kind == "conv":
-            method = settings.get(call.node)
-            if method is not None and method.refuse(call) is None:
-                layers[call.name] = (method,)
-            if call.node in learning:
-                learns[call.name] = _roles(call, ("weight", "bias"))
-    for call in graph.layers("linear"):
-        learns[call.name] = _roles(call, ("weight", "bias"))
-    return Plan(input_shape=graph.input_shape, layers=layers, learns=learns)
-
-
-def _roles(call: Call, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(role for role in wanted if role in call.params)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+__all__ = ["Budget", "Planner", "last_layers", "plan"]

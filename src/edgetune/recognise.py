@@ -74,6 +74,10 @@ def describe_function(node: fx.Node, given: list[torch.Tensor]) -> Facts:
         return {"kind": "mean", "function": "adaptive_avg_pool2d", "attributes": {"keepdim": True}}
     if target is F.batch_norm and len(node.args) >= 5:
         return _functional_norm(node)
+    if target is operator.getitem and (strides := _strides(node)) is not None:
+        return {"kind": "subsample", "function": name, "attributes": dict(zip(("stride_h", "stride_w"), strides))}
+    if target is F.pad and (channels := _channel_pad(node)) is not None:
+        return {"kind": "pad", "function": name, "attributes": dict(zip(("before", "after"), channels))}
     return {"kind": "other", "function": name}
 
 
@@ -94,6 +98,27 @@ def describe_method(node: fx.Node, given: list[torch.Tensor]) -> Facts:
 def _plain(node: fx.Node) -> bool:
     """Two operands and nothing else: `torch.add(x, y, alpha=2)` is another function."""
     return len(node.args) == 2 and not node.kwargs
+
+
+def _strides(node: fx.Node) -> tuple[int, int] | None:
+    """The strides of `x[:, :, ::a, ::b]`, which takes every a-th row and b-th column, or None."""
+    index = node.args[1]
+    if not isinstance(index, tuple) or len(index) != 4 or not all(isinstance(part, slice) for part in index):
+        return None
+    n, c, rows, columns = (part for part in index if isinstance(part, slice))
+    if n != slice(None) or c != slice(None) or any(part.start or part.stop is not None for part in (rows, columns)):
+        return None
+    return int(rows.step or 1), int(columns.step or 1)
+
+
+def _channel_pad(node: fx.Node) -> tuple[int, int] | None:
+    """The zero channels that `F.pad` puts before and after a map (n c h w) and nothing else, or None."""
+    pads = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad")
+    constant = node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value")
+    if len(node.args) > 2 or not constant or not isinstance(pads, (tuple, list)) or len(pads) != 6:
+        return None
+    numbers = [pad for pad in pads if isinstance(pad, int) and pad >= 0]
+    return (numbers[4], numbers[5]) if numbers[:4] == [0, 0, 0, 0] and len(numbers) == 6 else None
 
 
 def _is_gate(given: list[torch.Tensor]) -> bool:

@@ -25,7 +25,7 @@ def route(model: nn.Module, segments: list[Segment]) -> Callable[[], None]:
     if not segments:
         return lambda: None
     graphs = {mode: _planned(model, mode, segments) for mode in (False, True)}
-    code = {mode: _compiled(model, graph) for mode, graph in graphs.items()}
+    code = {mode: compiled(model, graph) for mode, graph in graphs.items()}
     instance_forward = model.__dict__.get("forward")
     model.__dict__["_edgetune"] = _Routes(code, graphs, instance_forward)
     model.forward = types.MethodType(_routed_forward, model)
@@ -81,7 +81,7 @@ def _planned(model: nn.Module, training: bool, segments: list[Segment]) -> fx.Gr
     return graph
 
 
-def _compiled(model: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+def compiled(model: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
     """The graph's source code as a function of the model."""
     source = graph.python_code("self")
     scope: dict[str, Any] = dict(source.globals)

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import nn
 
+from edgetune.cache import Cache, CacheUse, Features
 from edgetune.contract import Plan
 from edgetune.costs import Costs
 from edgetune.data import Augment, Dataset, Pictures, Preprocess, batches, load_data, open_picture
@@ -56,6 +57,7 @@ class Settings(Record):
     seed: int = 0
     augment: Augment | None = None
     baseline: bool = False
+    cache: Cache | None = None
 
 
 class ModelRef(Record):
@@ -97,7 +99,8 @@ class Plain(Record):
 
 
 class Run(Record):
-    """One training. `epochs` holds the curves, `versions` what it ran on, accuracies lie between 0 and 1."""
+    """One training. `epochs` holds the curves, `versions` what it ran on, accuracies lie between 0 and 1;
+    `cached` is what the cache did for the planned training."""
 
     status: Literal["running", "interrupted", "diverged", "finished"]
     started: str
@@ -113,6 +116,7 @@ class Run(Record):
     epochs: tuple[Epoch, ...] = ()
     plain: Plain | None = None
     costs: Costs | None = None
+    cached: CacheUse | None = None
 
 
 def versions() -> dict[str, str]:
@@ -264,12 +268,18 @@ class Score(Record):
         return sum(self.right) / max(sum(self.seen), 1)
 
 
-def evaluate(model: nn.Module, pictures: Pictures, classes: int, batch_size: int = 32) -> Score:
-    """Run `model` over pictures in evaluation mode. Raises ModelError when its head does not fit."""
+def evaluate(
+    model: nn.Module, pictures: Pictures, classes: int, batch_size: int = 32, features: Features | None = None
+) -> Score:
+    """Run `model` over pictures in evaluation mode, from their `features` where there are some.
+
+    Raises ModelError when its head does not fit.
+    """
+    direct = ((model, x, y) for x, y in batches(pictures, batch_size, shuffle=False))
     seen, right, loss = torch.zeros(classes, dtype=torch.long), torch.zeros(classes, dtype=torch.long), 0.0
     with evaluating(model), torch.no_grad():
-        for x, y in batches(pictures, batch_size, shuffle=False):
-            logits = model(x.to(device_of(model))).float().cpu()
+        for forward, x, y in direct if features is None else features.in_order():
+            logits = forward(x.to(device_of(model))).float().cpu()
             if logits.shape != (len(y), classes):
                 raise ModelError(
                     f"the network gives {tuple(logits.shape)} for {len(y)} pictures of "

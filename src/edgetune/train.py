@@ -14,10 +14,12 @@ from pydantic import ValidationError
 from torch import nn
 
 from edgetune.apply import Undo, apply
+from edgetune.cache import FILES, Cache, Sight, open_features
 from edgetune.contract import Plan
 from edgetune.costs import Costs, costs_of, unrestrained
 from edgetune.data import Augment, Dataset, batches
-from edgetune.errors import DivergedError, PlanError, RunError
+from edgetune.errors import DivergedError, PlanError, Refusal, RunError
+from edgetune.graph import evaluating
 from edgetune.loop import Leg, Position, Progress, Silent
 from edgetune.run import (
     PLAN,
@@ -64,6 +66,7 @@ def train(
     seed: int = 0,
     augment: Augment | bool | None = True,
     baseline: bool = False,
+    cache: Cache | None = None,
     model_name: str = "",
     model_options: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
@@ -75,7 +78,8 @@ def train(
     """Train `model` in place as `plan` says and leave a run folder at `out`.
 
     `augment` is True for the data's own views, False or None for none; `baseline` also trains a copy by plain
-    full back-propagation, to compare. `model_name`, `model_options`, `weights` and `data_options` (what
+    full back-propagation, to compare; `cache` keeps what the frozen part gives (without one, as ever, all of the
+    network runs in every epoch). `model_name`, `model_options`, `weights` and `data_options` (what
     `load_data` was given) are written down so that the run can be loaded and resumed by itself;
     `costs` are measured unless given; `on_finish(out, run)` is called at the end, to write reports.
     Raises Interrupted after Ctrl-C, DivergedError when the loss is no number, PlanError or Refusal when the
@@ -84,7 +88,7 @@ def train(
     settings = _settings(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, momentum=momentum,
         weight_decay=weight_decay, warm_up=warm_up, clip_norm=clip_norm, seed=seed, baseline=baseline,
-        augment=data.augment if augment is True else augment or None,
+        cache=cache, augment=data.augment if augment is True else augment or None,
     )  # fmt: skip
     folder = Path(out)
     _refuse(folder, plan)
@@ -233,8 +237,9 @@ class _Job:
                 f"the last good weights are in '{self.folder}'"
             ) from failure
         self.note(status="finished")
-        for checkpoint in (PLANNED, PLAIN):
-            (self.folder / checkpoint).unlink(missing_ok=True)
+        for file in (self.folder / PLANNED, self.folder / PLAIN, *self.folder.glob(FILES)):
+            if file.is_file():
+                file.unlink()
         if self.on_finish is not None:
             self.on_finish(self.folder, self.run)
         return self.run
@@ -255,13 +260,46 @@ class _Job:
     def _train_planned(self) -> None:
         def saved(at: Position) -> None:
             write_tensors(self.folder / WEIGHTS, self.model.state_dict())
-            self.note(epochs=at.epochs)
+            self.note(epochs=at.epochs, cached=leg.cached() or self.run.cached)
 
         leg = self._leg(self.model.train(), PLANNED, saved)
         self.note(status="running")
-        leg.run("planned", self.progress)
+        self._open_features(leg)
+        try:
+            leg.run("planned", self.progress)
+        finally:
+            for features in (leg.features, leg.val_features):
+                if features is not None:
+                    features.close()
         saved(leg.at)  # a kill may have come between the last checkpoint and its weights
         self.note(epochs=leg.at.epochs, accuracy_after=leg.at.epochs[-1].val_accuracy)
+
+    def _open_features(self, leg: Leg) -> None:
+        """Let the leg train from features where the run has a cache and something frozen to keep."""
+        settings, micro = self.run.settings, min(leg.micro_batch, self.run.settings.batch_size)
+        if settings.cache is None or len(leg.at.epochs) == settings.epochs:
+            return
+        tell, size = self.progress.tell, settings.batch_size
+        val = Sight(settings.seed, None, size, min(size, len(self.data.val)))
+        sight = Sight(settings.seed, settings.augment, size, min(micro, len(self.data.train)))
+        common = self.model, self.data, settings.cache
+        try:
+            with evaluating(self.model):
+                leg.val_features = open_features(*common, val, self.folder, tell, "val")
+            taken = leg.val_features.room_bytes
+            leg.features = open_features(*common, sight, self.folder, tell, "train", taken)
+        except Refusal as reason:
+            tell(f"nothing is cached: {reason}")
+            if leg.val_features is not None:
+                leg.val_features.close()
+                leg.val_features = None
+            return
+        if settings.augment is not None and settings.cache.views >= settings.epochs:
+            tell(f"with {settings.cache.views} views no picture is seen twice in {settings.epochs} epochs: "
+                 "take fewer views or more epochs")
+        if self.run.cached is not None:  # resumed: go on counting
+            so_far = {"found": self.run.cached.found, "computed": self.run.cached.computed}
+            leg.features.use = leg.features.use.model_copy(update=so_far)
 
     def _train_plain(self, plain: Plain) -> None:
         """The same data, steps and rates for stock autograd: all parameters learn, norms stay frozen."""

@@ -144,6 +144,15 @@ class TestNames:
         assert "method 'exact' has no --patch-px" in refusal("train", "--method", "exact", "--patch-px", 2)
         assert "--taps some does not hold" in refusal("train", "--method", "pooled_chain", "--taps", "some")
 
+    @pytest.mark.parametrize("words", [("--explain",), ("--pareto", "front.svg")])
+    def test_plans_made_by_hand_have_no_reasons(self, words: tuple[str, ...], out: Path) -> None:
+        assert "leave them out, or leave out --method" in refusal("plan", "--last", 2, *words, "--out", out)
+        assert not out.exists()
+
+    def test_pictures_of_another_kind(self, out: Path) -> None:
+        assert "ends in .svg or .png" in refusal("plan", "--pareto", "front.gif", "--out", out)
+        assert not out.exists()
+
     def test_suite(self) -> None:
         assert refusal("bench", "layer") == "suite 'layer' is unknown: did you mean layers?"
         assert "has no option 'sice'" in refusal("bench", "steps", "--set", "sice=3")
@@ -270,3 +279,27 @@ def shipped() -> Path:
     path = shipped_weights("digits_net")
     assert path is not None
     return path
+
+
+class TestCache:
+    @pytest.mark.parametrize(
+        ("words", "complaint"),
+        [
+            (("--cache", "tape"), "--cache cannot be 'tape': choose one of off, memory, disk"),
+            (("--cache-size", "2GiB"), "--cache-size says how to cache, but nothing is cached: add --cache memory"),
+            (("--cache-views", 2), "--cache-views says how to cache"),
+            (("--cache", "disk", "--cache-codec", "int4"), "--cache-codec cannot be 'int4': choose one of float32, fl"),
+            (("--cache", "disk", "--cache-size", "much"), "'much' is not an amount of memory"),
+            (("--cache", "memory", "--cache-folder", "x"), "--cache-folder is for features on disk"),
+        ],
+    )
+    def test_options_that_make_no_sense(self, words: tuple[object, ...], complaint: str, out: Path) -> None:
+        assert complaint in refusal("train", *words, "--out", out)
+        assert not out.exists()
+
+    def test_a_stem_that_learns_is_told_and_trains_all_the_same(self, photos: Path, out: Path) -> None:
+        quick = [*QUICK[:2], *QUICK[4:]]
+        done = run_verb("train", *MODEL, *quick, "--data", photos, "--cache", "disk", "--out", out)
+        assert done.exit_code == 0, done.output
+        assert "edgetune: nothing is cached: layer 'features.0.0' learns, " in done.stderr
+        assert done.stderr.count("nothing is cached") == 1

@@ -9,12 +9,15 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from edgetune.cache import CacheUse
 from edgetune.cli.compare import _show
-from edgetune.cli.output import table
-from edgetune.cli.tables import result_table
+from edgetune.cli.output import facts, table
+from edgetune.cli.tables import front_tables, reasons_facts, reasons_table, result_table
 from edgetune.costs import Costs
 from edgetune.data import Preprocess
+from edgetune.front import Front, Point
 from edgetune.profile import Cost
+from edgetune.reasons import Otherwise, Reason, Reasons, Way
 from edgetune.run import DataRef, Epoch, ModelRef, Plain, Run, Settings
 from verbs import run_verb
 
@@ -99,6 +102,11 @@ def test_result_without_baseline_and_costs(run: Run) -> None:
     check("result_short", drawn(result_table(run.model_copy(update={"plain": None, "costs": None}))))
 
 
+def test_result_of_a_cached_run(run: Run) -> None:
+    use = CacheUse(layers=("features.15", "add_3"), sample_bytes=31360, stored=360, found=810, computed=90)
+    check("result_cached", drawn(result_table(run.model_copy(update={"cached": use}))))
+
+
 def test_profile() -> None:
     done = run_verb("profile", "--model", "digits_net", "--batch-size", 4, width=120)
     check("profile", layers_of(done.stdout))
@@ -122,6 +130,36 @@ def test_plan(tmp_path: Path) -> None:
         width=120,
     )
     check("plan", layers_of(done.stdout))
+
+
+def test_reasons() -> None:
+    def way(patch_px: int, fidelity: float, kib: int, ms: float) -> Way:
+        settings = {} if patch_px == 1 else {"patch_px": patch_px}
+        return Way(method="pooled_chain" if settings else "exact", settings=settings, fidelity=fidelity,
+                   passes=fidelity, memory_bytes=kib * 1024, ms=ms)
+
+    ways = (way(1, 1.0, 840, 3.25), way(2, 0.934, 210, 1.5), way(7, 0.7, 52, 1.25))
+    after = Otherwise(way=1, learns=True, benefit=0.021, memory_bytes=162 * 1024, ms=0.25)
+    back = Otherwise(way=None, learns=False, benefit=-0.3, memory_bytes=-(2**20), ms=-2.0)
+    reasons = Reasons(
+        layers=(
+            Reason(layer="features.0.0", importance=0.05, ways=ways, way=None, learns=False, otherwise=after),
+            Reason(layer="features.1.0", importance=0.25, ways=ways, way=2, learns=True, otherwise=after),
+            Reason(layer="features.2.0", importance=0.1, ways=ways, way=1, learns=False, otherwise=None),
+            Reason(layer="features.3.0", importance=0.6, ways=ways, way=0, learns=True, otherwise=back),
+        ),
+        benefit=0.765,
+        benefit_per_byte=2.5e-8,
+        benefit_per_ms=0.0125,
+    )
+    check("reasons", drawn(reasons_table(reasons), 120) + drawn(facts("as a whole", reasons_facts(reasons))))
+
+
+def test_front() -> None:
+    points = tuple(Point(memory_bytes=n * 2**20, step_ms=30.0 + n, benefit=n / 4, learning=2 * n, micro_batch=2**n)
+                   for n in range(1, 5))
+    made = Front(by_memory=points, by_time=points[:2], chosen=points[1])
+    check("front", "".join(drawn(each) for each in front_tables(made)))
 
 
 def test_compare(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

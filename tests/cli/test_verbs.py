@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edgetune.cli import VERBS
-from verbs import QUICK, draw, run_verb
+from verbs import QUICK, draw, refusal, run_verb
 
 
 def answer(*words: object) -> Any:
@@ -44,6 +44,27 @@ def test_module_is_the_same_as_the_command() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Exact gradients")
+
+
+class TestQuantize:
+    def test_writes_the_network_and_compares(self, finished: Path, tmp_path: Path) -> None:
+        from edgetune.quantize import Quantized
+
+        found = answer("quantize", finished, "--pictures", 30, "--batch-size", 20, "--out", tmp_path / "net")
+        quantized = Quantized.load(tmp_path / "net")
+        assert [layer["name"] for layer in found["layers"]] == [layer.name for layer in quantized.graph.layers]
+        assert found["pictures"] == 30
+        assert abs(found["float"]["accuracy"] - found["int8"]["accuracy"]) <= 0.1
+        assert found["int8"]["weight_bytes"] < 0.3 * found["float"]["weight_bytes"]
+
+    def test_tells_people_where_it_is(self, finished: Path) -> None:
+        done = run_verb("quantize", finished, "--keep-percent", 99.9, "--pictures", 1000)
+        assert done.exit_code == 0, done.output
+        assert "int8" in done.stdout and "40 training pictures" in done.stdout
+        assert (finished / "quantized.safetensors").exists()
+
+    def test_refuses_shares_that_are_none(self, finished: Path) -> None:
+        assert "--keep-percent 101 is no share" in refusal("quantize", finished, "--keep-percent", 101)
 
 
 class TestTrain:
@@ -79,6 +100,18 @@ class TestTrain:
         assert told["status"] == "finished"
         used = json.loads((tmp_path / "run" / "plan.json").read_text())
         assert {settings[0]["patch_px"] for settings in used["layers"].values()} == {4}
+
+    def test_a_cache_is_told_and_written_down(self, tmp_path: Path) -> None:
+        cached = ("--cache", "disk", "--cache-codec", "int8", "--cache-views", 2, "--cache-size", "3MiB")
+        done = run_verb("train", *QUICK, "--epochs", 3, "--limit", 20, *cached, "--out", tmp_path / "run")
+        assert done.exit_code == 0, done.output
+        run = json.loads((tmp_path / "run" / "run.json").read_text())
+        assert run["settings"]["cache"] == {
+            "keep": "disk", "codec": "int8", "size_bytes": 3 * 2**20, "views": 2, "folder": None}  # fmt: skip
+        assert (run["cached"]["found"], run["cached"]["computed"]) == (20, 40)
+        assert "40 samples behind" in done.stdout and "33.3 %" in done.stdout
+        assert "pictures found in the cache" in (tmp_path / "run" / "report.html").read_text()
+        assert not list((tmp_path / "run").glob("*.cache"))
 
     def test_names_the_folder_itself(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
@@ -144,6 +177,19 @@ class TestInform:
         told = answer("plan", "--memory", "900KiB", "--batch-size", 8, "--limit", 40, "--out", tmp_path / "p.json")
         assert told["predicted"]["peak_bytes"] <= 900 * 1024
         assert json.loads((tmp_path / "p.json").read_text()) == told["plan"]
+
+    def test_plan_tells_reasons_and_front(self, tmp_path: Path) -> None:
+        picture = tmp_path / "front.svg"
+        words = ("plan", "--memory", "900KiB", "--batch-size", 8, "--limit", 40, "--out", tmp_path / "p.json")
+        told = answer(*words, "--explain", "--pareto", picture)
+        assert told["reasons"]["benefit_per_byte"] >= 0 and told["reasons"]["benefit_per_ms"] is None
+        assert told["reasons"]["layers"][0]["layer"] == "features.0.0"
+        assert told["front"]["chosen"]["benefit"] == told["reasons"]["benefit"]
+        assert told["front"]["chosen"]["memory_bytes"] == told["predicted"]["peak_bytes"]
+        assert len(told["front"]["by_memory"]) > 1 and len(told["front"]["by_time"]) > 1
+        drawn = picture.read_text()
+        assert drawn.count("<svg") == 1 and "Benefit by memory" in drawn and "Benefit by time" in drawn
+        assert "the plan" in drawn
 
     def test_json_goes_to_a_file_or_out(self, tmp_path: Path) -> None:
         done = run_verb("list", "--json", tmp_path / "l.json")

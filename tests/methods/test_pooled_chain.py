@@ -135,23 +135,39 @@ def scales_schedule(name: str, patch_px: int = 2) -> tuple[et.Graph, Schedule]:
     return graph, segments[-1].rule.schedule
 
 
-def test_scales_are_read_on_cells_behind_the_activation() -> None:
-    """No norm of the MobileNets keeps its full input: bottlenecks are read at the norm, others behind activations."""
-    for name, functions in (("mobilenet_v2", {"relu6"}), ("mobilenet_v3_small", {"relu", "hardswish"})):
-        graph, made = scales_schedule(name)
-        assert made.moments.keys() == {call.node for call in graph.layers("norm")}
-        assert all(moment.cell[0] >= 2 <= moment.cell[1] for moment in made.moments.values())
-        behind = {m.reader.function for m in made.moments.values() if m.reader != m.norm}
-        assert behind == functions
-        assert all((graph[m.norm.consumers[0]].kind == "activation") == (m.reader != m.norm)
-                   for m in made.moments.values())
+@pytest.mark.parametrize("patch_px", [2, 4])
+@pytest.mark.parametrize(("name", "counted"), [("mobilenet_v2", {"relu6"}),
+                                               ("mobilenet_v3_small", {"relu", "hardswish"})])
+def test_scales_of_the_mobilenets_are_read_on_cells(name: str, counted: set[str], patch_px: int) -> None:
+    """Bottlenecks at the norm itself; others behind a counted activation, or under its bits; none on the full map."""
+    graph, made = scales_schedule(name, patch_px)
+    assert made.moments.keys() == {call.node for call in graph.layers("norm")}
+    for node, moment in made.moments.items():
+        ((masks, cell),) = moment.cells.items()
+        behind = graph[graph[node].consumers[0]]
+        assert all(side >= min(patch_px, size) for side, size in zip(cell, moment.norm.out_shape[2:], strict=True))
+        assert (moment.reader == behind) == (behind.node in made.counted)
+        assert masks == ((behind.node,) if behind.kind == "activation" and moment.reader == moment.norm else ())
+    functions = {m.reader.function for m in made.moments.values() if m.reader != m.norm}
+    assert functions == (counted if patch_px == 4 else counted & {"hardswish"})
 
 
-def test_scales_before_an_add_and_relu_keep_the_full_input() -> None:
-    graph, made = scales_schedule("resnet18")
-    for moment in made.moments.values():
-        before_add = graph[moment.norm.consumers[0]].kind == "add"
-        assert (moment.cell == (1, 1)) == before_add
+def test_scales_before_an_add_and_relu_are_read_under_each_run_of_masks() -> None:
+    graph, made = scales_schedule("resnet18", 4)
+    norms = {call.name: made.moments[call.node] for call in graph.layers("norm") if call.node in made.moments}
+    first, second = norms["layer1.0.bn2"], norms["layer1.1.bn2"]
+    relus = [graph[graph[second.norm.consumers[0]].consumers[0]].node]
+    relus.append(graph[graph[first.norm.consumers[0]].consumers[0]].node)
+    assert second.cells == {(relus[0],): (8, 8)}  # the next stage's strides make cells of eight
+    assert first.cells == {(relus[1],): (4, 4), tuple(relus): (8, 8)}
+
+
+def test_scales_whose_gradient_is_of_single_pixels_keep_the_full_input() -> None:
+    model = load_model("resnet18", num_classes=5)
+    graph = et.trace(model, torch.zeros(1, 3, 64, 64))
+    stem, *_ = PooledChain.claim(graph, everything(graph, PooledChain(), scales=True))
+    assert isinstance(stem.rule, ChainRule)
+    assert [(m.norm.name, m.cells) for m in stem.rule.schedule.moments.values()] == [("bn1", {})]  # a max-pool behind
 
 
 @pytest.mark.parametrize("name", ["Inverted", "Residual"])
@@ -184,5 +200,46 @@ def test_frozen_scales_keep_nothing() -> None:
     assert kept["moment:depth_1"].shape == (2, 12, 6, 5)
 
 
+def test_a_chain_with_scales_does_not_mind_the_memory_order() -> None:
+    """In float32, where native kernels run: channels last against contiguous, on masks that are AND-ed."""
+    torch.manual_seed(6)
+    found = []
+    model, x = scramble(NETS["Residual"]()), torch.randn(2, 3, 22, 19)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = model.to(memory_format=layout)
+        plan = everything(et.trace(model, x), PooledChain(patch_px=3), scales=True)
+        found.append(run(model, x.contiguous(memory_format=layout), plan)[1])
+    for name, grad in found[0].items():
+        assert torch.allclose(grad, found[1][name], rtol=1e-3, atol=1e-4 * float(grad.abs().max())), name
+
+
 def graph_norm(graph: et.Graph, name: str) -> bool:
     return any(call.name == name for call in graph.layers("norm"))
+
+
+class Between(nn.Module):
+    """An identity between norm and activation, two norms in a row, an activation without a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.a_norm, self.a_drop, self.a_act = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Identity(), nn.SiLU()
+        self.b, self.b_one, self.b_two = nn.Conv2d(6, 4, 3, 2), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.c, self.c_act, self.c_norm = nn.Conv2d(4, 4, 1), nn.Hardswish(), nn.BatchNorm2d(4)
+        self.d, self.d_one, self.d_two = nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a_act(self.a_drop(self.a_norm(self.a(x))))
+        x = torch.relu(self.b_two(self.b_one(self.b(x))))
+        x = self.c_norm(self.c_act(self.c(x)))
+        return self.d_two(self.d_one(self.d(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize("patch_px", [2, 3, 4])
+def test_what_stands_between_convolutions_may_come_in_any_order(patch_px: int) -> None:
+    torch.manual_seed(8)
+    model, x = scramble(Between()).double(), torch.randn(2, 3, 23, 18, dtype=torch.float64)
+    graph = et.trace(model, x)
+    _, expected, _, _ = run(model, x, everything(graph, GradientFilter(patch_px=patch_px), scales=True))
+    _, found, _, names = run(model, x, everything(graph, PooledChain(patch_px=patch_px), scales=True))
+    close(found, expected)
+    assert names == ["a ... mean"]  # one run

@@ -156,10 +156,10 @@ def _depth(name: str, case: _Case) -> Iterator[timing.Row]:
             functions[f"{r} {layout}"] = chain.step
     ms, others = timing.interleave(functions, rounds=options.rounds, device=options.device,
                                     clock=options.clock)
-    baseline, forward = _fastest(ms, "plain"), _fastest(ms, "forward")
+    baseline, forward = fastest(ms, "plain"), fastest(ms, "forward")
     cost = trainees[f"plain {baseline}"].cost()
     for r in options.patch_px:
-        layout = _fastest(ms, str(r))
+        layout = fastest(ms, str(r))
         yield {"case": f"{name}@{case.x.shape[-1]} {case.depth if case.depth == 'all' else f'last {case.depth}'}",
                "model": name, "size_px": case.x.shape[-1], "depth": case.depth, "method": "pooled_chain",
                "patch_px": r, "taps": options.taps, "batch": options.batch, "threads": options.threads,
@@ -172,7 +172,8 @@ def _depth(name: str, case: _Case) -> Iterator[timing.Row]:
                **_memory(trainees[f"{r} {layout}"].cost(), cost)}
 
 
-def _fastest(ms: dict[str, float], what: str) -> str:
+def fastest(ms: dict[str, float], what: str) -> str:
+    """The memory order in which `what` took less time."""
     return min(LAYOUTS, key=lambda layout: ms[f"{what} {layout}"])
 
 

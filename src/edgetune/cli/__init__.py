@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from edgetune.cli import bench, compare, doctor, explain, plan, predict, profile, report, train
+from edgetune.cli import bench, compare, doctor, explain, plan, predict, profile, quantize, report, train
 from edgetune.cli import eval as eval_
 from edgetune.cli import list as list_
 from edgetune.cli.program import Program, Verb, examples, paragraphs
@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[Callable[..., None], tuple[tuple[str, str], ...]]] = {
     "report": (report.report, report.EXAMPLES),
     "plan": (plan.plan, plan.EXAMPLES),
     "profile": (profile.profile, profile.EXAMPLES),
+    "quantize": (quantize.quantize, quantize.EXAMPLES),
     "bench": (bench.bench, bench.EXAMPLES),
     "explain": (explain.explain, explain.EXAMPLES),
     "list": (list_.list_, list_.EXAMPLES),

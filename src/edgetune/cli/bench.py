@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
     from edgetune.record import Record
 
-SUITES = {"layers": "single convolutions", "steps": "whole training steps", "transfer": "accuracy after adapting"}
+SUITES = {
+    "layers": "single convolutions",
+    "steps": "whole training steps",
+    "cache": "epochs from cached features",
+    "transfer": "accuracy after adapting",
+}
 RESULTS = Path("bench/results")
 SHOWN = (
     "case",
@@ -28,12 +33,15 @@ SHOWN = (
     "depth",
     "patch_px",
     "taps",
+    "codec",
     "batch",
     "baseline_ms",
     "method_ms",
     "speedup",
     "backward_speedup",
     "grid_speedup",
+    "method_speedup",
+    "sample_bytes",
     "kept_bytes",
     "peak_bytes",
     "cosine",
@@ -168,7 +176,7 @@ def _without_none(kind: Any, name: str) -> Any:
 
 
 def _tell(row: Mapping[str, Any]) -> None:
-    told = ("case", "method", "patch_px", "taps", "speedup", "backward_speedup", "grid_speedup")
+    told = ("case", "method", "patch_px", "taps", "codec", "speedup", "backward_speedup", "grid_speedup")
     say(", ".join(f"{_title(name)} {_cell(name, row[name])}" for name in told if row.get(name) is not None))
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from edgetune.cli.program import say
+
 if TYPE_CHECKING:
     from edgetune.run import Epoch
 
@@ -54,3 +56,7 @@ class Bars:
         self.bars.update(self.task, told=told)
         if not self.live:
             sys.stderr.write(f"{self.title}: {told}, loss {row.train_loss:.3f}\n")
+
+    def tell(self, sentence: str) -> None:
+        """A sentence between the bars."""
+        say(sentence)

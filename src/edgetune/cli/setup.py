@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune.cli.program import say
 from edgetune.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from edgetune.contract import Method, Plan
     from edgetune.data import Dataset, Preprocess
     from edgetune.graph import Graph
-    from edgetune.plan import Budget
+    from edgetune.plan import Budget, Planner
+    from edgetune.prospect import Found
 
 DEMO_MODEL, DEMO_DATA = "digits_net", "digits"
 
@@ -143,47 +145,66 @@ class Wish:
             )
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A plan, the budget it was made under and, where the planner made it, the planner and its choice."""
+
+    plan: Plan
+    budget: Budget
+    planner: Planner | None = None
+    found: Found | None = None
+
+
 def make_plan(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> tuple[Plan, Budget]:
     """The plan for a network and a batch x (n c h w), y (n), with the budget that it was made under."""
+    made = planned(model, x, y, wish)
+    return made.plan, made.budget
+
+
+def planned(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> Planned:
+    """The same, with the planner that can say more of it."""
     from edgetune.contract import Plan
     from edgetune.errors import PlanError
-    from edgetune.plan import Budget, last_layers, plan
+    from edgetune.plan import Budget, Planner, last_layers
 
     wish.check()
     if wish.file is not None:
         import edgetune.methods  # noqa: F401  (methods register themselves)
 
-        return Plan.load(wish.file, PlanError), Budget()
+        return Planned(Plan.load(wish.file, PlanError), Budget())
     if wish.by_hand:
         method = method_named(wish.method or "pooled_chain", patch_px=wish.patch_px, taps=wish.taps)
-        return last_layers(graph_of(model, x), wish.last, method), Budget()
-    if wish.memory is not None or wish.step_ms is not None:
-        budget = Budget(memory_bytes=None if wish.memory is None else parse_bytes(wish.memory), step_ms=wish.step_ms)
-        return plan(model, x, budget, batch=(x, y)), budget
-    return _plan_by_default(model, x, y)
+        return Planned(last_layers(graph_of(model, x), wish.last, method), Budget())
+    planner = Planner(model, x, (x, y), progress=say)
+    if wish.memory is None and wish.step_ms is None:
+        return _planned_by_default(planner, model, x)
+    budget = Budget(memory_bytes=None if wish.memory is None else parse_bytes(wish.memory), step_ms=wish.step_ms)
+    found = planner.find(budget)
+    return Planned(found.made, budget, planner, found)
 
 
 DEFAULT_SHARES = (0.25, 0.5, 1.0)
 """What training may take when nothing is said, as shares of plain back-propagation: the first that is enough."""
 
 
-def _plan_by_default(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[Plan, Budget]:
+def _planned_by_default(planner: Planner, model: nn.Module, x: torch.Tensor) -> Planned:
     import copy
 
     from edgetune.costs import unrestrained
     from edgetune.errors import BudgetError
-    from edgetune.plan import Budget, plan
+    from edgetune.plan import Budget
     from edgetune.profile import profile
 
     plain = profile(unrestrained(copy.deepcopy(model)), x).peak_bytes
-    for share in DEFAULT_SHARES[:-1]:
+    for share in DEFAULT_SHARES:
         budget = Budget(memory_bytes=int(share * plain))
         try:
-            return plan(model, x, budget, batch=(x, y)), budget
+            found = planner.find(budget)
+            return Planned(found.made, budget, planner, found)
         except BudgetError:  # a very small network: its head alone needs a good part
-            continue
-    budget = Budget(memory_bytes=int(DEFAULT_SHARES[-1] * plain))
-    return plan(model, x, budget, batch=(x, y)), budget
+            if share == DEFAULT_SHARES[-1]:
+                raise
+    raise AssertionError("the last share either fits or is refused")
 
 
 def graph_of(model: nn.Module, x: torch.Tensor) -> Graph:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from edgetune.cli.output import table
-from edgetune.units import format_bytes, format_count, format_ms
+from edgetune.units import KIB, MIB, format_bytes, format_count, format_ms
 
 if TYPE_CHECKING:
     from edgetune.contract import Plan
+    from edgetune.front import Front, Point
     from edgetune.graph import Graph
     from edgetune.profile import Cost
+    from edgetune.reasons import Reason, Reasons, Way
     from edgetune.run import Run
 
 
@@ -82,3 +84,77 @@ def result_table(run: Run) -> Table:
     from edgetune.report.result import COLUMNS, result_lines
 
     return table("", COLUMNS, [line.cells for line in result_lines(run)])
+
+
+def reasons_table(reasons: Reasons) -> Table:
+    """Why each layer got what it got: a number a method in the cells that tell several, in the order of the title."""
+    ways = reasons.layers[0].ways if reasons.layers else ()
+    timed = any(way.ms is not None for way in ways)
+    rows = [
+        (
+            reason.layer,
+            f"{100 * reason.importance:.1f} %",
+            " ".join(f"{way.fidelity:.2f}".removeprefix("0") for way in reason.ways),
+            " ".join(f"{way.memory_bytes / KIB:.0f}" for way in reason.ways),
+            *([" ".join(f"{way.ms or 0:.1f}" for way in reason.ways)] if timed else []),
+            _chosen(reason.ways, reason.way, reason.learns),
+            _otherwise(reason),
+        )
+        for reason in reasons.layers
+    ]
+    columns = ("layer", "importance", "fidelity", "KiB", *(["ms"] if timed else []), "chosen", "otherwise, points")
+    order = " · ".join(_chosen(ways, number, True) for number in range(len(ways)))
+    return table(f"why, by method: {order}", columns, rows)
+
+
+def reasons_facts(reasons: Reasons) -> list[tuple[str, str]]:
+    """What the plan gains of all there is, and what a little more of each limit would add to that."""
+    facts = [("benefit", f"{100 * reasons.benefit:.1f} % of what learning everything exactly would gain")]
+    if reasons.benefit_per_byte is not None:
+        unit = next((unit for unit in (MIB, KIB) if unit * reasons.benefit_per_byte < 0.1), 1)
+        facts.append((f"{format_bytes(unit)} more", f"{100 * unit * reasons.benefit_per_byte:+.3f} points"))
+    if reasons.benefit_per_ms is not None:
+        facts.append(("1 ms more", f"{100 * reasons.benefit_per_ms:+.3f} points"))
+    return facts
+
+
+def _chosen(ways: tuple[Way, ...], number: int | None, learns: bool) -> str:
+    from edgetune.contract import known_methods
+    from edgetune.report.choices import FROZEN, describe
+
+    if number is None:
+        return FROZEN
+    way = ways[number]
+    label = describe(known_methods()[way.method](**way.settings), ("weight",) if learns else ()).label
+    label = "passes on only, exact" if label == FROZEN else label.removeprefix("filtered, ")
+    return label.replace("passes on only, ", "passes, ")
+
+
+def _otherwise(reason: Reason) -> str:
+    other = reason.otherwise
+    if other is None:
+        return "-"
+    sign = "+" if other.memory_bytes >= 0 else "-"
+    told = f"{_chosen(reason.ways, other.way, other.learns)}: {100 * other.benefit:+.1f}, "
+    told += f"{sign}{format_bytes(abs(other.memory_bytes))}"
+    return told if other.ms is None else f"{told}, {other.ms:+.1f} ms"
+
+
+def front_tables(front: Front) -> list[Table]:
+    """What a range of budgets would bring; the plan that was made stands last."""
+    columns = ("peak training memory", "step time", "benefit", "convolutions that learn", "at a time")
+    last = None if front.chosen is None else _point(front.chosen, "the plan: ")
+    return [
+        table(title, columns, [_point(point) for point in points], last=last)
+        for title, points in (("by memory", front.by_memory), ("by time", front.by_time))
+    ]
+
+
+def _point(point: Point, lead: str = "") -> tuple[str, ...]:
+    return (
+        lead + format_bytes(point.memory_bytes),
+        format_ms(point.step_ms),
+        f"{100 * point.benefit:.1f} %",
+        str(point.learning),
+        str(point.micro_batch),
+    )

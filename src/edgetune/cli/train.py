@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgetune.cli import options
+from edgetune.cli import caching, options
 from edgetune.cli.output import console, emit
 from edgetune.cli.program import say, shortened
 from edgetune.cli.progress import Bars
@@ -28,6 +28,10 @@ EXAMPLES = (
     (
         "edgetune train --model resnet18 --data photos --val-fraction 0.2 --method pooled_chain --patch-px 4 --last 6",
         "a plan made by hand",
+    ),
+    (
+        "edgetune train --model mobilenet_v2 --data photos --val-fraction 0.2 --last 4 --cache disk --cache-views 2",
+        "only the last layers learn: what lies in front of them is computed twice a picture, and kept",
     ),
     ("edgetune train --resume runs/mobilenet_v2-photos-1", "go on after an interruption"),
 )
@@ -102,6 +106,11 @@ def train(
     val_fraction: options.ValFraction = None,
     size: options.Size = None,
     limit: options.Limit = None,
+    cache: caching.Place = "off",
+    cache_codec: caching.Codec = None,
+    cache_size: caching.Size = None,
+    cache_views: caching.Views = None,
+    cache_folder: caching.Folder = None,
     skip_bad_images: options.SkipBadImages = False,
     trust_pickle: options.TrustPickle = False,
     allow_partial: options.AllowPartial = False,
@@ -131,6 +140,7 @@ def train(
         "learning_rate": learning_rate,
         "seed": seed,
         "baseline": baseline,
+        "cache": caching.cache_asked(cache, cache_codec, cache_size, cache_views, cache_folder),
     }
     folder = _folder(out, order)
     _finish(folder, _train(order, wish, settings, folder), json)

@@ -1,7 +1,7 @@
 """Pictures from folders, npz files and built-in sets, prepared as a network wants them; repeatable views."""
 
-from edgetune.data.augment import augment, batches
-from edgetune.data.chance import generator_for
+from edgetune.data.augment import augment, batches, chunks, seen
+from edgetune.data.chance import generator_for, permutation
 from edgetune.data.dataset import Dataset, Pictures
 from edgetune.data.drift import drift
 from edgetune.data.loading import list_data, load_data, load_eval
@@ -17,10 +17,13 @@ __all__ = [
     "Preprocess",
     "augment",
     "batches",
+    "chunks",
     "drift",
     "generator_for",
     "list_data",
     "load_data",
     "load_eval",
     "open_picture",
+    "permutation",
+    "seen",
 ]

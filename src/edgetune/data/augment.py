@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,13 +52,27 @@ def batches(
     stopped. Without `settings` pictures come as they are; without `shuffle` in their own order.
     """
     order = permutation(len(pictures), "order", seed, epoch) if shuffle else list(range(len(pictures)))
-    for first in range(start * batch_size, len(order), batch_size):
-        chosen = order[first : first + batch_size]
+    for chosen in chunks(order, batch_size, start):
         if drop_last and len(chosen) < batch_size:
             return
-        samples = [pictures[index] for index in chosen]
-        views = [
-            x if settings is None else augment(x, generator_for("view", seed, epoch, index), settings)
-            for index, (x, _) in zip(chosen, samples, strict=True)
+        x = seen(pictures, chosen, seed=seed, view=epoch, settings=settings)
+        yield x, torch.tensor([pictures.labels[index] for index in chosen])
+
+
+def chunks(order: list[int], batch_size: int, start: int = 0) -> Iterator[list[int]]:
+    """The numbers of the pictures of each batch, from batch number `start` on; the last may be a small one."""
+    for first in range(start * batch_size, len(order), batch_size):
+        yield order[first : first + batch_size]
+
+
+def seen(
+    pictures: Pictures, chosen: Sequence[int], *, seed: int, view: int, settings: Augment | None
+) -> torch.Tensor:
+    """The pictures `chosen` as x (n c h w): view number `view` of each, or as they are without `settings`."""
+    samples = ((index, pictures[index][0]) for index in chosen)
+    return torch.stack(
+        [
+            x if settings is None else augment(x, generator_for("view", seed, view, index), settings)
+            for index, x in samples
         ]
-        yield torch.stack(views), torch.tensor([y for _, y in samples])
+    )

@@ -28,9 +28,10 @@ from edgetune.hosts.grid import (
     scale,
     spread,
 )
-from edgetune.hosts.moments import keep_moment, learn_moment
+from edgetune.hosts.moments import keep_masked, keep_moment, learn_moment
 from edgetune.hosts.pointwise import activate, norm_scale, normalise, per_channel, slope
-from edgetune.hosts.schedule import ConvSettings, GridProducts, Schedule
+from edgetune.hosts.schedule import ConvSettings, GridProducts, Moment, Schedule
+from edgetune.hosts.values import live_values, map_sizes, owned_values
 from edgetune.recognise import MASKS
 
 
@@ -38,7 +39,8 @@ from edgetune.recognise import MASKS
 class _Pass:
     """One forward or backward pass: what the steps read and write.
 
-    `last`: maps lie channels last, and bits in that order; `owned`: values that the next call may overwrite.
+    `last`: maps lie channels last, and bits in that order; `owned`: values that the next call may overwrite; `held`:
+    inputs of norms that wait for bits.
     """
 
     params: Tensors
@@ -48,6 +50,7 @@ class _Pass:
     owned: frozenset[str] = frozenset()
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     grads: dict[str, torch.Tensor] = field(default_factory=dict)
+    held: dict[str, tuple[Moment, torch.Tensor]] = field(default_factory=dict)
 
     def add_grad(self, name: str, grad: torch.Tensor) -> None:
         """A parameter used twice gets the sum."""
@@ -66,7 +69,7 @@ class ChainRule:
     def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors,
                 needs: Needs) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
         last = kernels.is_channels_last(xs[0])
-        state = _Pass(params, needs, live_values(segment, needs), last, _owned(segment))
+        state = _Pass(params, needs, live_values(segment, needs), last, owned_values(segment))
         state.kept["last"] = xs[0].new_empty((int(last), 0))
         values = dict(zip(segment.inputs, xs, strict=True))
         last_use = {node: call.node for call in segment.calls for node in call.inputs}
@@ -102,40 +105,6 @@ class ChainRule:
         gxs = tuple(spread(merge(flows.get(node, [])), sizes[node], last) if wanted else None
                     for node, wanted in zip(segment.inputs, needs.inputs, strict=True))
         return gxs, state.grads
-
-
-_FRESH = frozenset({"conv", "norm", "activation", "add"})
-
-
-def _owned(segment: Segment) -> frozenset[str]:
-    """Values that the segment itself has made and only one call reads: that call may work in place."""
-    return frozenset(call.node for call in segment.calls
-                     if call.kind in _FRESH and len(call.consumers) == 1 and call.node not in segment.outputs)
-
-
-def live_values(segment: Segment, needs: Needs) -> frozenset[str]:
-    """The values through which a wanted gradient flows."""
-    live = {node for node, wanted in zip(segment.inputs, needs.inputs, strict=True) if wanted}
-    for call in segment.calls:
-        if any(node in live for node in call.inputs) or needs.params & set(call.params.values()):
-            live.add(call.node)
-    return frozenset(live)
-
-
-def map_sizes(segment: Segment, kept: Tensors) -> dict[str, tuple[int, int]]:
-    """Rows and columns of every value, from those of the inputs."""
-    sizes: dict[str, tuple[int, int]] = {}
-    for node in segment.inputs:
-        shape = kept[f"size:{node}"].shape
-        sizes[node] = (int(shape[0]), int(shape[1]))
-    for call in segment.calls:
-        size = sizes[call.inputs[0]]
-        if call.geometry is not None:
-            size = call.geometry.at(*size).out_hw
-        elif call.kind == "scale":
-            size = max(size, sizes[call.inputs[1]])
-        sizes[call.node] = PIXEL if call.kind == "mean" else size
-    return sizes
 
 
 def _conv(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) -> torch.Tensor:
@@ -177,22 +146,24 @@ def _conv_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[st
 def _norm(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _Pass) -> torch.Tensor:
     y = normalise(call, given[0], state.params)
     if call.params.get("weight", "") in state.needs.params:
-        state.kept[f"moment:{call.node}"] = keep_moment(rule.schedule.moments[call.node], given[0], y, state.params)
+        moment = rule.schedule.moments[call.node]
+        if keep_moment(moment, given[0], y, state.params, state.kept):
+            state.held[call.node] = (moment, given[0])
     return y
 
 
-def _learn_scale(rule: ChainRule, norm: str, at: Call, terms: list[Term], hw: tuple[int, int], state: _Pass) -> None:
+def _learn_scale(rule: ChainRule, call: Call, terms: list[Term], hw: tuple[int, int], state: _Pass) -> None:
     """The gradient of a norm's scale, if the schedule reads it at this call's output."""
-    moment = rule.schedule.moments.get(norm)
-    if moment is not None and moment.reader.node == at.node and moment.weight in state.needs.params:
-        grad = learn_moment(moment, state.kept[f"moment:{norm}"], terms, hw, state.last, state.params)
+    moment = rule.schedule.read.get(call.node)
+    if moment is not None and moment.weight in state.needs.params:
+        grad = learn_moment(moment, state.kept, terms, hw, state.last, state.params)
         state.add_grad(moment.weight, grad.to(state.params[moment.weight].dtype))
 
 
 def _norm_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[str, tuple[int, int]],
                state: _Pass) -> list[list[Term]]:
     hw, bias = sizes[call.node], call.params.get("bias", "")
-    _learn_scale(rule, call.node, call, terms, hw, state)
+    _learn_scale(rule, call, terms, hw, state)
     cell = rule.schedule.cells.get(call.inputs[0])
     if cell is not None:
         value = project(terms, hw, cell)
@@ -215,6 +186,7 @@ def _activation(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _
     if cell is None:
         y_ordered = y.contiguous(memory_format=order(state.last))
         state.kept[f"bits:{call.node}"] = kernels.mask_pack(y_ordered, *MASKS[call.function])
+        keep_masked(state.held, state.params, state.kept, state.last)
     elif call.function in MASKS:
         state.kept[f"count:{call.node}"] = kernels.mask_count(y, *MASKS[call.function], *cell)
     else:
@@ -225,9 +197,9 @@ def _activation(rule: ChainRule, call: Call, given: list[torch.Tensor], state: _
 def _activation_back(rule: ChainRule, call: Call, terms: list[Term], sizes: Mapping[str, tuple[int, int]],
                      state: _Pass) -> list[list[Term]]:
     cell, hw = rule.schedule.counted.get(call.node), sizes[call.node]
-    _learn_scale(rule, call.inputs[0], call, terms, hw, state)
+    _learn_scale(rule, call, terms, hw, state)
     if cell is None:
-        return [mask(terms, state.kept[f"bits:{call.node}"], state.last)]
+        return [mask(terms, state.kept[f"bits:{call.node}"], call.node, state.last)]
     g = project(terms, hw, cell)
     assert g is not None
     if call.function in MASKS:

@@ -22,12 +22,13 @@ PIXEL: Cell = (1, 1)
 @dataclass(frozen=True)
 class Term:
     """value (n c p q) on cells of `cell` pixels; `bits` masks single pixels, in the memory order of a full map that
-    lies channels `last` or not."""
+    lies channels `last` or not, and `masks` names the activations whose bits these are."""
 
     value: torch.Tensor
     cell: Cell
     bits: torch.Tensor | None = None
     last: bool = False
+    masks: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=1024)
@@ -55,12 +56,6 @@ def _placed(table: torch.Tensor, dtype: torch.dtype, device: str) -> torch.Tenso
     return table.to(device=device, dtype=dtype)
 
 
-@lru_cache(maxsize=1024)
-def _replicas(size: int, source: int, target: int, device: str) -> torch.Tensor:
-    """For every target cell the source cell that it lies in."""
-    return torch.arange(0, size, target, device=device) // source
-
-
 def refines(hw: tuple[int, int], coarse: Cell, fine: Cell) -> bool:
     """Whether every fine cell lies inside one coarse cell."""
     return all(c % f == 0 or c >= size for size, c, f in zip(hw, coarse, fine, strict=True))
@@ -73,12 +68,16 @@ def regrid(value: torch.Tensor, hw: tuple[int, int], source: Cell, target: Cell)
         return value
     if source == PIXEL:
         return kernels.patch_mean(value, *target)
-    for axis, size, s, t in zip((2, 3), hw, source, target, strict=True):
-        if s == t:
-            continue
-        if s % t == 0 or s >= size:
-            value = value.index_select(axis, _replicas(size, s, t, str(value.device)))
-        else:
+    copied = [s % t == 0 or s >= size for size, s, t in zip(hw, source, target, strict=True)]
+    if any(copied):
+        # every cell's value to the target cells inside it, which on the grid is what spreading does on a map
+        grid = [cells(size, t) if own else count for own, size, t, count in
+                zip(copied, hw, target, value.shape[2:], strict=True)]
+        times = [(s // t if s % t == 0 else count) if own else 1 for own, s, t, count in
+                 zip(copied, source, target, grid, strict=True)]
+        value = kernels.patch_spread(value, grid[0], grid[1], times[0], times[1])
+    for axis, own, size, s, t in zip((2, 3), copied, hw, source, target, strict=True):
+        if not own:
             rows = on(transfer(size, s, t), value)
             value = rows @ value if axis == 2 else value @ rows.T
     return value
@@ -134,17 +133,17 @@ def spread(terms: list[Term], hw: tuple[int, int], last: bool = False) -> torch.
 
 def merge(terms: list[Term]) -> list[Term]:
     """Add up the terms that share a grid and a mask."""
-    merged: dict[tuple[Cell, int], Term] = {}
+    merged: dict[tuple[Cell, tuple[str, ...]], Term] = {}
     for term in terms:
-        key = (term.cell, id(term.bits))
+        key = (term.cell, term.masks)
         known = merged.get(key)
         merged[key] = term if known is None else replace(known, value=known.value + term.value)
     return list(merged.values())
 
 
-def mask(terms: list[Term], bits: torch.Tensor, last: bool = False) -> list[Term]:
+def mask(terms: list[Term], bits: torch.Tensor, name: str, last: bool = False) -> list[Term]:
     """Every term behind one more mask: masks along a run multiply, so their bits, all in one order, are AND-ed."""
-    return [Term(t.value, t.cell, bits if t.bits is None else t.bits & bits, last) for t in terms]
+    return [Term(t.value, t.cell, bits if t.bits is None else t.bits & bits, last, (*t.masks, name)) for t in terms]
 
 
 def scale(terms: list[Term], factor: torch.Tensor) -> list[Term]:

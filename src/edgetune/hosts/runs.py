@@ -58,16 +58,36 @@ def _reentrant(graph: Graph, owner: dict[str, str]) -> str | None:
     for call in graph.calls:
         run = owner.get(call.node, call.node)
         waiting.setdefault(run, set()).update(owner.get(node, node) for node in call.inputs)
-    for run, sources in waiting.items():
-        sources.discard(run)
-    # peel off what only feeds the circles and what only reads from them
-    while idle := ({run for run, sources in waiting.items() if not sources & waiting.keys()}
-                   | (waiting.keys() - set().union(*waiting.values()))):
-        for run in idle:
-            del waiting[run]
+    # peel off what only feeds the circles, then what only reads from them
+    feeds = {run: {source for source in sources if source in waiting and source != run}
+             for run, sources in waiting.items()}
+    left = _unordered(feeds)
+    reads: dict[str, set[str]] = {run: set() for run in left}
+    for run in left:
+        for source in feeds[run] & left:
+            reads[source].add(run)
+    circles = _unordered(reads)
     for call in reversed(graph.calls):
         own = owner.get(call.node)
-        if own in waiting and any(owner.get(node, node) in waiting and owner.get(node) != own
+        if own in circles and any(owner.get(node, node) in circles and owner.get(node) != own
                                   for node in call.inputs):
             return call.node
     return None
+
+
+def _unordered(needs: dict[str, set[str]]) -> set[str]:
+    """Those that can't be put in an order in which each comes after all it needs."""
+    open_needs = {one: len(others) for one, others in needs.items()}
+    needed_by: dict[str, list[str]] = {one: [] for one in needs}
+    for one, others in needs.items():
+        for other in others:
+            needed_by[other].append(one)
+    ready = [one for one, count in open_needs.items() if not count]
+    while ready:
+        one = ready.pop()
+        del open_needs[one]
+        for other in needed_by[one]:
+            open_needs[other] -= 1
+            if not open_needs[other]:
+                ready.append(other)
+    return set(open_needs)

@@ -19,34 +19,43 @@ STAND_INS = {
     "#060606": "var(--plain-soft)",
 }
 INK, FAINT, RULE, OURS, PLAIN, PLAIN_SOFT = STAND_INS
+
+
+def axes_style(ink: str, faint: str, rule: str) -> dict[str, Any]:
+    """What all pictures have in common, as settings of matplotlib, in these colours."""
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "edgetune",
+        "font.size": 11,
+        "text.color": ink,
+        "axes.edgecolor": rule,
+        "axes.labelcolor": faint,
+        "xtick.color": rule,
+        "ytick.color": rule,
+        "xtick.labelcolor": faint,
+        "ytick.labelcolor": faint,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": rule,
+        "axes.axisbelow": True,
+        "axes.titlesize": 12,
+        "axes.titlelocation": "left",
+        "figure.constrained_layout.use": True,
+    }
+
+
 _STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "edgetune",
-    "font.size": 11,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": FAINT,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": FAINT,
-    "ytick.labelcolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    **axes_style(INK, FAINT, RULE),
     "axes.spines.left": False,
-    "axes.grid": True,
     "axes.grid.axis": "y",
-    "grid.color": RULE,
     "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "lines.linewidth": 2.2,
     "lines.solid_capstyle": "round",
-    "figure.constrained_layout.use": True,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
     "axes.titlepad": 10,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from edgetune.cache import CacheUse
 from edgetune.costs import Costs
 from edgetune.profile import Cost
 from edgetune.run import Run
@@ -39,7 +40,17 @@ def result_lines(run: Run) -> list[Line]:
         Line("accuracy before", percent(run.accuracy_before), percent(run.accuracy_before if run.plain else None)),
         Line("accuracy after", percent(run.accuracy_after), plain_accuracy(run)),
     ]
-    return lines if run.costs is None else [*lines, *cost_lines(run.costs)]
+    lines += [] if run.costs is None else cost_lines(run.costs)
+    return lines if run.cached is None else [*lines, *cache_lines(run.cached)]
+
+
+def cache_lines(use: CacheUse) -> list[Line]:
+    """What was kept of the frozen part, and how often it was found."""
+    kept = f"{format_bytes(use.stored_bytes)}, {use.stored} samples"
+    return [
+        Line("frozen part, kept", f"{kept} behind {', '.join(use.layers)}"),
+        Line("pictures found in the cache", percent(use.hit_rate)),
+    ]
 
 
 def plain_accuracy(run: Run) -> str:

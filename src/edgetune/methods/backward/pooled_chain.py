@@ -13,7 +13,8 @@ What is kept (bytes)
     Patch means of each learning convolution's input (4 n c p q, shared by convolutions that read the same map), and
     of each activation either an open count a patch (1 byte each) or one bit a value, whichever is smaller; after a
     residual add always the bits. Adds keep nothing, and norms nothing unless their scale learns: then the means over
-    cells of mask times normalised input (4 n c p q), or, where a ReLU after an add masks the gradient, 4 n c h w.
+    cells of slope times input (4 n c p q), for each run of AND-ed masks that the gradient arrives under; all of the
+    input (4 n c h w) where that is no more, or where the gradient arrives pixel by pixel, as from a max-pool.
 
 What changes in the gradient or the answer
     The forward pass does not change. Gradients equal those of gradient_filter on every layer of the run, to float
@@ -21,8 +22,8 @@ What changes in the gradient or the answer
     patch, because the mean of a product of masks is not the product of their means.
 
 When not to use
-    Max-pooling and concatenation end a run; those layers fall back to gradient filtering, layer by layer. Scales cost
-    little on cells (MobileNets), and much in networks with a ReLU after the add (ResNets): there let shifts learn.
+    Max-pooling and concatenation end a run; those layers fall back to gradient filtering, layer by layer. Scales
+    about double what is kept, and cost more where runs end often: there let shifts learn alone.
 
 Reference
     Derived here from Yang et al., "Efficient On-device Training via Gradient Filtering", CVPR 2023; see
@@ -63,7 +64,7 @@ class PooledChain(GradientFilter):
         segments: list[Segment] = []
         while True:
             runs = convex_runs(graph, eligible, anchors=set(settings))
-            schedules = [schedule(graph, run, settings, _Grid()) for run in runs]
+            schedules = [schedule(run, settings, _Grid()) for run in runs]
             refused = {node for made in schedules for node in made.refused}
             if not refused:
                 break

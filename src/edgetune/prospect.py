@@ -1,0 +1,199 @@
+"""model, sample -> what each of its layers could gain, keep and take, by every method; and the best choice of all."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from edgetune import kernels
+from edgetune.apply import apply
+from edgetune.calibrate import Calibration, calibrate, drawn_labels
+from edgetune.contract import Method, Plan
+from edgetune.draft import draft, last_layers
+from edgetune.graph import trace
+from edgetune.knapsack import Choice, best_choices, total_of
+from edgetune.profile import measured_ms, measured_peak, predicted_peak, profile
+from edgetune.stopwatch import Laps, Progress, layer_times, samples_for
+
+Picks = Sequence[int | None]
+Added = dict[Method, dict[str, tuple[float, float, float]]]
+"""What each convolution, with the calls up to the next, adds to a step beyond its forward pass: as the first that
+learns, as one behind it, and where it only passes the gradient; milliseconds by method and node."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A choice for every convolution, what it sums to (`ms` beyond a step in which only the head learns), its plan."""
+
+    picked: Picks
+    total: Choice
+    made: Plan
+
+
+class Prospect:
+    """What does not change while budgets and micro-batches are tried.
+
+    A convolution's choices are, by index: learning by each method in turn, then, for each, only passing the gradient.
+    """
+
+    def __init__(self, model: nn.Module, sample: torch.Tensor, methods: Sequence[Method], optimizer_copies: int,
+                 batch: tuple[torch.Tensor, torch.Tensor] | None, progress: Progress | None) -> None:
+        self.model, self.sample, self.methods, self.copies = model, sample, tuple(methods), optimizer_copies
+        self.progress = progress
+        self._laps: dict[int, dict[Method, dict[str, Laps]]] = {}
+        self._peaks: dict[str, int] = {}
+        self.graph = trace(model, sample[:1]).model_copy(update={"input_shape": tuple(sample.shape)})
+        self.convs = self.graph.layers("conv")
+        whole = [last_layers(self.graph, None, method) for method in self.methods]
+        self.whole = dict(zip(self.methods, whole, strict=True))
+        batch = batch or (sample, drawn_labels(model, sample))
+        self.worth: Calibration = calibrate(model, self.graph, batch, whole, self.methods)
+        self.kept = {method: self._kept(made.model_copy(update={"micro_batch": 1}))
+                     for method, made in self.whole.items()}
+        self.faith = {method: _faith([self.worth.fidelity[method].get(c.name, 0.0) for c in self.convs])
+                      for method in self.methods}
+        self.head = draft(self.graph, {}, frozenset())
+
+    def laps(self, micro: int) -> tuple[int, dict[Method, dict[str, Laps]]]:
+        """Samples that were timed, a micro-batch if that is quick enough; laps of every call by every method."""
+        samples = samples_for(self.graph, micro)
+        if samples not in self._laps:
+            self._laps[samples] = layer_times(self.model, self.graph, self.whole, samples, progress=self.progress,
+                                              channels_last=kernels.is_channels_last(self.sample))
+        return samples, self._laps[samples]
+
+    @cached_property
+    def most_gain(self) -> float:
+        """What learning everything exactly gains."""
+        return sum(self.worth.importance.get(call.name, 0.0) for call in self.convs)
+
+    def solve(self, capacity_bytes: float | None, capacity_ms: float | None, micro: int, timed: bool = False) -> Found:
+        """The best choice of every layer under both capacities (None: no limit), beyond what the head takes.
+
+        `timed`: tell its time even where that has no limit.
+        """
+        choices = self.choices(micro, timed or capacity_ms is not None)
+        _, picked = best_choices(choices, capacity_bytes, capacity_ms)
+        return self.found(choices, picked, micro)
+
+    def nothing(self, micro: int) -> Found:
+        """Only the head learns."""
+        return Found([None] * len(self.convs), Choice(0, 0.0, learns=False), self.in_parts(self.head, micro))
+
+    def found(self, choices: Sequence[Sequence[Choice]], picked: Picks, micro: int) -> Found:
+        """What `picked` sums to, and its plan."""
+        settings, learning = {}, set()
+        for call, pick in zip(self.convs, picked, strict=True):
+            if pick is not None:
+                settings[call.node] = self.methods[pick % len(self.methods)]
+                learning |= {call.node} if pick < len(self.methods) else set()
+        made = draft(self.graph, settings, frozenset(learning))
+        return Found(picked, total_of(choices, picked), self.in_parts(made, micro))
+
+    def timed(self, found: Found) -> Found:
+        """The same choice, with its time."""
+        micro = found.made.micro_batch or len(self.sample)
+        return self.found(self.choices(micro, timed=True), found.picked, micro)
+
+    def choices(self, micro: int, timed: bool) -> list[list[Choice]]:
+        """The choices of every convolution, input to output; with times of a whole step where `timed`."""
+        added = self._added_ms(micro) if timed else None
+        return [self._choices(index, micro, added) for index in range(len(self.convs))]
+
+    def _choices(self, index: int, micro: int, added: Added | None) -> list[Choice]:
+        call = self.convs[index]
+        params = 4 * (1 + self.copies) * sum(math.prod(call.param_shapes[role]) for role in ("weight", "bias")
+                                             if role in call.params)
+        learning, passing = [], []
+        for method in self.methods:
+            own, after = self.kept[method][call.node]
+            faith, passes = self.faith[method][index]
+            worth = self.worth.importance.get(call.name, 0.0) * faith
+            first, inner, through = (0.0, 0.0, 0.0) if added is None else added[method][call.node]
+            learning.append(Choice((own + after) * micro + params, worth, passes, ms=inner, first_ms=first))
+            passing.append(Choice(after * micro, 0.0, passes, learns=False, ms=through))
+        return [*learning, *passing]
+
+    def _added_ms(self, micro: int) -> Added:
+        samples, laps = self.laps(micro)
+        scale = len(self.sample) / samples
+        added: Added = {}
+        for method, own in laps.items():
+            passing = self._by_conv({node: lap.passing_ms - lap.frozen_ms for node, lap in own.items()})
+            learning = {node: lap.learning_ms - lap.passing_ms for node, lap in own.items()}
+            added[method] = {}
+            for node, (conv, after) in passing.items():
+                through, weight = max(conv + after, 0.0), max(learning.get(node, 0.0), 0.0)
+                inner = through + weight
+                added[method][node] = (scale * min(max(after, 0.0) + weight, inner), scale * inner, scale * through)
+        return added
+
+    def _by_conv(self, values: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+        """Values of calls (by node), gathered by convolution: its own, and those of the calls up to the next one."""
+        shares: dict[str, tuple[float, float]] = {}
+        current: str | None = None
+        for call in self.graph.calls:
+            value = values.get(call.node, 0.0)
+            if call.kind == "conv":
+                current = call.node
+                shares[current] = (value, 0.0)
+            elif current is not None and call.kind != "linear":
+                shares[current] = (shares[current][0], shares[current][1] + value)
+        return shares
+
+    def _kept(self, made: Plan) -> dict[str, tuple[int, int]]:
+        """Bytes that one sample keeps at each convolution: (its own, those of the calls up to the next one)."""
+        cost = profile(self.model, self.sample[:1], made, optimizer_copies=0, graph=self.graph)
+        by_name = {layer.name: layer.kept_bytes for layer in cost.layers}
+        calls = {name: sum(call.name == name for call in self.graph.calls) for name in by_name}
+        shares = self._by_conv({call.node: -(-by_name.get(call.name, 0) // max(calls.get(call.name, 1), 1))
+                                for call in self.graph.calls})
+        return {node: (int(own), int(after)) for node, (own, after) in shares.items()}
+
+    def predicted_peak(self, made: Plan, micro: int) -> int:
+        """Training memory of a plan at its peak, bytes."""
+        made = self.in_parts(made, micro)
+        key = made.model_dump_json()
+        if key not in self._peaks:
+            self._peaks[key] = predicted_peak(self.model, self.sample, made, self.graph, optimizer_copies=self.copies)
+        return self._peaks[key]
+
+    def measured_peak(self, made: Plan) -> int:
+        """The same by a real step."""
+        return measured_peak(self._applied(made), self.sample, optimizer_copies=self.copies,
+                             micro_batch=made.micro_batch)
+
+    def measured_ms(self, made: Plan) -> float:
+        """How long a real step takes."""
+        return measured_ms(self._applied(made), self.sample, micro_batch=made.micro_batch)
+
+    def in_parts(self, made: Plan, micro: int) -> Plan:
+        """The plan, `micro` samples at a time."""
+        return made.model_copy(update={"micro_batch": None if micro >= len(self.sample) else micro})
+
+    def _applied(self, made: Plan) -> nn.Module:
+        twin = copy.deepcopy(self.model)
+        apply(twin, made, self.graph)
+        return twin
+
+
+def _faith(cosines: list[float]) -> list[tuple[float, float]]:
+    """For each layer, input to output: how faithful its own weight gradient is, and which share of faith it passes on.
+
+    `cosines` are those of a whole network on one method, so each is a layer's own times the shares of all behind it.
+    """
+    faith: list[tuple[float, float]] = []
+    through = 1.0
+    for index in range(len(cosines) - 1, -1, -1):
+        here = min(max(cosines[index], 0.0), through)
+        before = max(cosines[index - 1], 0.0) if index else 0.0
+        passes = min(before / here, 1.0) if here > 0 else 0.0
+        faith.append((here / through if through > 0 else 0.0, passes))
+        through *= passes
+    return faith[::-1]

@@ -1,0 +1,139 @@
+"""The arithmetic of the quantized network, to the bit: what a microcontroller computes, in torch.
+
+    accumulator   acc = sum (x - zero) * w + b                                   int32, padding counts as x = zero
+    multiplier    s = m * 2**-31 * 2**-shift, m in [2**30, 2**31), shift >= 0    two int32 for each s <= 1
+    doubling      h = (acc * m + 2**30) >> 31                                    product in 64 bits, floor shift
+    requantize    r = h / 2**shift, to the nearest, halves away from zero        int32
+    result        y = clamp(r + zero, low, high)                                 int8
+
+This is the double rounding of gemmlowp, TFLite's reference kernels and CMSIS-NN's default. Scales s above 1 are
+refused: an output step finer than the accumulator's own shows nothing new, and without left shifts nothing overflows.
+
+Maps travel as float tensors that hold integers, because autograd wants floats. A convolution of such maps is exact as
+long as every partial sum is: `sum |w| * max |x - zero| + |b|` below 2**24 lets float32 carry it, in any order of
+summation; otherwise float64 does (below 2**53, always true here). Float32 is only taken on a CPU, and where torch is
+not told to multiply in something shorter.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from edgetune.errors import EdgetuneError
+from edgetune.hosts.conv import convolve
+from edgetune.overlap import ConvGeometry
+from edgetune.quantize.record import INT8_HIGH, INT8_LOW, Quantization
+
+ADD_SHIFT = 20
+"""Bits that a sum's operands gain before they are scaled: 255 * 2**20 fits 28 bits."""
+
+_CACHED = 2**16
+
+FixedPoint = tuple[torch.Tensor, torch.Tensor]
+"""Multipliers and right shifts, int64 tensors of one shape."""
+
+
+def quantize(x: torch.Tensor, how: Quantization) -> torch.Tensor:
+    """round(x / scale) + zero point, within int8; halves to the even integer, divided in the type of x."""
+    return (x / x.new_tensor(how.scale)).round().add(how.zero_point).clamp(INT8_LOW, INT8_HIGH)
+
+
+def dequantize(x: torch.Tensor, how: Quantization) -> torch.Tensor:
+    """scale * (x - zero point)."""
+    return (x - how.zero_point) * how.scale
+
+
+def fixed_point(scales: torch.Tensor) -> FixedPoint:
+    """Multiplier and shift of every scale, float64 of any shape, 0 <= scale <= 1.
+
+    Exactly 1 becomes (2**31 - 1, 0), which leaves every accumulator below 2**30 as it is. Raises EdgetuneError above 1.
+    """
+    if not bool(((scales >= 0) & (scales <= 1)).all()):
+        raise EdgetuneError(f"a scale of {float(scales.max()):g} cannot be a right shift: "
+                            "give the layer an output scale no finer than its accumulator's")
+    mantissa, exponent = torch.frexp(scales)
+    multiplier = (mantissa * 2**31).round().long()
+    shift = -exponent.long()
+    carried = multiplier == 2**31
+    multiplier, shift = torch.where(carried, 2**30, multiplier), torch.where(carried, shift - 1, shift)
+    multiplier = torch.where(shift < 0, 2**31 - 1, multiplier)  # the scale 1
+    multiplier = torch.where(shift > 31, 0, multiplier)  # less than half a step for any accumulator
+    return multiplier, shift.clamp(0, 31)
+
+
+def requantize(acc: torch.Tensor, by: FixedPoint) -> torch.Tensor:
+    """acc * s, rounded twice as defined above: int64 holding int32, broadcast with multiplier and shift."""
+    multiplier, shift = by
+    high = acc.mul(multiplier).add_(1 << 30).bitwise_right_shift_(31)
+    # an arithmetic shift rounds halves up; one less below zero sends them away from it
+    less = (high < 0).logical_and_(shift > 0).long()
+    return high.add_((1 << shift) >> 1).sub_(less).bitwise_right_shift_(shift)
+
+
+def reach(weight: torch.Tensor, bias: torch.Tensor, zero_point: int) -> int:
+    """The largest magnitude that a partial sum of the accumulator can have, whatever int8 map comes in."""
+    span = max(INT8_HIGH - zero_point, zero_point - INT8_LOW)
+    by_filter = weight.to(torch.int64).abs().flatten(1).sum(1) * span + bias.to(torch.int64).abs()
+    return int(by_filter.max())
+
+
+def accumulate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, zero_point: int,
+               geometry: ConvGeometry) -> torch.Tensor:
+    """A convolution's int32 accumulators: x (n c h w) integers in any type -> (n o h' w') in an exact float type."""
+    small = reach(weight, bias, zero_point) < 2**24
+    carrier = torch.float32 if small and _float32_is_kept(x.device) else torch.float64
+    with torch.autocast(x.device.type, enabled=False):
+        acc = convolve(x.to(carrier) - zero_point, weight.to(carrier), bias.to(carrier), geometry)
+    # a no-op for sums; should a library transform its operands, this takes the error away
+    return acc.round_()
+
+
+def _float32_is_kept(device: torch.device) -> bool:
+    """Whether a float32 convolution on `device` multiplies in float32, and not in something shorter."""
+    of_conv = getattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision", "none")
+    return device.type == "cpu" and of_conv in ("none", "ieee") and torch.get_float32_matmul_precision() == "highest"
+
+
+def conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, zero_point: int, geometry: ConvGeometry,
+         by: FixedPoint) -> torch.Tensor:
+    """A convolution's result before zero point and clamp: int32 (n o h' w'). `by` is (1 o 1 1)."""
+    acc = accumulate(x, weight, bias, zero_point, geometry)
+    return torch.cat([requantize(part.to(torch.int64), by).to(torch.int32) for part in _parts(acc)])
+
+
+def add(x1: torch.Tensor, x2: torch.Tensor, how1: Quantization, how2: Quantization,
+        out: Quantization) -> torch.Tensor:
+    """x1 + x2 in the scale of `out`, before zero point and clamp: int32.
+
+    Both operands, shifted left by 20 bits, are brought to twice the coarser scale; the sum is brought to the result's.
+    """
+    by1, by2, last = (fixed_point(torch.tensor(s, dtype=torch.float64)) for s in add_scales(how1, how2, out))
+
+    def side(x: torch.Tensor, how: Quantization, by: FixedPoint) -> torch.Tensor:
+        return requantize((x.to(torch.int64) - how.zero_point) << ADD_SHIFT, by)
+
+    return torch.cat([requantize(side(part1, how1, by1) + side(part2, how2, by2), last).to(torch.int32)
+                      for part1, part2 in zip(_parts(x1), _parts(x2), strict=True)])
+
+
+def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """x in runs of samples whose 64-bit intermediates stay in the cache: twice as fast as all at once."""
+    return x.split(max(1, _CACHED // max(1, x[:1].numel())))
+
+
+def add_scales(how1: Quantization, how2: Quantization, out: Quantization) -> tuple[float, float, float]:
+    """The three scales of an add: of either operand, and of the sum."""
+    coarse = 2 * max(how1.scale, how2.scale)
+    return how1.scale / coarse, how2.scale / coarse, coarse / (2**ADD_SHIFT * out.scale)
+
+
+def mean(x: torch.Tensor, how: Quantization, out: Quantization) -> torch.Tensor:
+    """Mean over each map in the scale of `out`, before zero point and clamp: (n c h w) -> (n c 1 1) int32."""
+    acc = (x.to(torch.int64) - how.zero_point).sum((2, 3), keepdim=True)
+    scale = mean_scale(how, out, x.shape[2] * x.shape[3])
+    return requantize(acc, fixed_point(torch.tensor(scale, dtype=torch.float64))).to(torch.int32)
+
+
+def mean_scale(how: Quantization, out: Quantization, pixels: int) -> float:
+    """The scale from a sum of `pixels` to their mean in the result's integers."""
+    return how.scale / (out.scale * pixels)

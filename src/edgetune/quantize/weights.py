@@ -1,0 +1,75 @@
+"""Three ways to hold a tensor of integers between steps: frozen, as a float that is rounded, or as int8 itself.
+
+Each gives `operands(role)`: what the rules read, by name. Under the role itself stands the tensor that autograd gives
+a gradient to; where that holds no numbers, the integers stand beside it as `<role>.integers`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Held(nn.Module):
+    """An integer tensor within [-limit, limit]; here it is frozen, in its own integer type."""
+
+    value: torch.Tensor
+
+    def __init__(self, integers: torch.Tensor, limit: int) -> None:
+        super().__init__()
+        self.limit, self.dtype = limit, integers.dtype
+        self._hold(integers)
+
+    def _hold(self, integers: torch.Tensor) -> None:
+        self.register_buffer("value", integers.clone())
+
+    def operands(self, role: str) -> dict[str, torch.Tensor]:
+        """The tensors by the names under which the rules read them."""
+        return {role: self.value}
+
+    def integers(self) -> torch.Tensor:
+        """The integers as they stand, in their own type."""
+        return self.value.detach().round().clamp(-self.limit, self.limit).to(self.dtype)
+
+
+class Rounded(Held):
+    """Kept as float32 and rounded in the forward pass: steps below one integer add up until they show."""
+
+    def _hold(self, integers: torch.Tensor) -> None:
+        self.value = nn.Parameter(integers.float())
+
+
+class Stepped(Held):
+    """Kept as integers: a step must be rounded when it is made (see `StochasticSGD`). One byte a weight.
+
+    Autograd gives gradients to floats only, so a `handle` of one element, expanded to the shape, receives them.
+    """
+
+    def _hold(self, integers: torch.Tensor) -> None:
+        super()._hold(integers)
+        self.handle = nn.Parameter(torch.zeros((), device=integers.device).expand(integers.shape))
+
+    def operands(self, role: str) -> dict[str, torch.Tensor]:
+        return {role: self.handle, f"{role}.integers": self.value}
+
+    def integers(self) -> torch.Tensor:
+        return self.value.clone()
+
+    # the handle holds nothing, and torch refuses to load into a tensor whose elements share memory
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}handle"]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        handle = self._parameters.pop("handle")
+        super()._load_from_state_dict(*args, **kwargs)
+        self._parameters["handle"] = handle
+
+    @torch.no_grad()
+    def move(self, step: torch.Tensor, generator: torch.Generator | None = None) -> None:
+        """Add a float step, rounded up or down by chance so that its mean is kept; then clip."""
+        moved = self.value.to(torch.float64) + step
+        chance = torch.rand(moved.shape, generator=generator, dtype=torch.float64).to(moved.device)
+        self.value.copy_((moved + chance).floor().clamp(-self.limit, self.limit).to(self.dtype))
