@@ -17,10 +17,11 @@ from edgetune.errors import PlanError
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.gradient_filter import GradientFilter
 from edgetune.methods.backward.pooled_chain import PooledChain
+from edgetune.methods.backward.sparse_update import SparseUpdate
 from edgetune.plan import last_layers
 from nets import NETS, scramble
 
-METHODS = [Exact(), GradientFilter(), PooledChain(patch_px=4)]
+METHODS = [Exact(), GradientFilter(), PooledChain(patch_px=4), SparseUpdate(ratio=0.5)]
 
 
 def made(name: str = "Inverted") -> tuple[nn.Module, torch.Tensor]:
@@ -95,7 +96,7 @@ def _worker(rank: int, port: int, method: GradientFilter | Exact, queue: mp.Simp
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", [PooledChain(), GradientFilter()], ids=lambda m: m.method)
+@pytest.mark.parametrize("method", [PooledChain(), GradientFilter(), SparseUpdate()], ids=lambda m: m.method)
 def test_two_processes_average_to_the_gradient_of_the_whole_batch(method: GradientFilter) -> None:
     model, x = made()
     model = applied(model, x, method)

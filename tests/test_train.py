@@ -26,6 +26,7 @@ from edgetune.data import Augment, Dataset, Preprocess, batches, load_data
 from edgetune.errors import DivergedError, PlanError, RunError
 from edgetune.loop import accumulate, rate_at
 from edgetune.methods.backward.gradient_filter import GradientFilter
+from edgetune.methods.backward.sparse_update import SparseUpdate
 from edgetune.models import model_card
 from edgetune.plan import last_layers
 from edgetune.run import WEIGHTS, Epoch, Interrupted, Run, Settings, load_run, read_run, read_tensors
@@ -138,6 +139,18 @@ class TestGoingOn:
         assert read_run(out).status == "interrupted"
         assert resume(out, model=network(seed=9), data=digits).status == "finished"
         assert same(out, whole)
+
+    def test_where_windows_of_the_weights_learn(self, start: Start, digits: Dataset, tmp_path: Path) -> None:
+        plan = last_layers(et.trace(network(), torch.zeros(BATCH, 1, 32, 32)), None, SparseUpdate(ratio=0.5))
+        start(tmp_path / "whole", plan=plan)
+        with pytest.raises(Interrupted):
+            start(tmp_path / "cut", plan=plan, progress=Stop(STEPS // 2))
+        resume(tmp_path / "cut", model=network(seed=9), data=digits)
+        assert same(tmp_path / "cut", tmp_path / "whole")
+        weights, before = read_tensors(tmp_path / "cut" / WEIGHTS)[0], network().state_dict()
+        assert weights.keys() == before.keys()
+        moved = (weights["3.weight"] != before["3.weight"]).flatten(2).any(2).any(0)
+        assert moved.tolist() == [True, True, False, False]
 
     def test_after_ctrl_c_at_the_end_of_an_epoch(
         self, start: Start, digits: Dataset, whole: Path, tmp_path: Path

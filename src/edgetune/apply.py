@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from edgetune.contract import LayerMethod, Plan, Segment, SegmentMethod, one_call
+from edgetune.contract import LayerMethod, Plan, Segment, SegmentMethod, one_call, qualified
 from edgetune.errors import PlanError, Refusal
 from edgetune.graph import Call, Graph, trace
 from edgetune.hosts.conv import ConvRule
@@ -53,6 +53,7 @@ def apply(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
     graph = _without_hooked(model, graph)
     undo = Undo()
     try:
+        graph = _prepare(model, graph, plan, undo)
         _choose_what_learns(model, plan, undo)
         _freeze_statistics(model, undo)
         segments = claim(graph, plan)
@@ -123,7 +124,7 @@ def _check(model: nn.Module, graph: Graph, plan: Plan) -> None:
             if reason is not None:
                 head, _, way_out = reason.partition(": ")
                 raise Refusal(layer, head, way_out or "leave it out of the plan")
-    missing = plan.learned() - {name for name, _ in model.named_parameters()}
+    missing = plan.listed() - {name for name, _ in model.named_parameters()}
     if missing:
         raise PlanError(f"the plan trains '{sorted(missing)[0]}', which is no parameter of this model: "
                         "make a plan for this very model with `edgetune plan`")
@@ -139,6 +140,19 @@ def _without_hooked(model: nn.Module, graph: Graph) -> Graph:
     hooked = _hooked(model)
     return graph.model_copy(update={"calls": tuple(
         call.model_copy(update={"kind": "other"}) if call.name in hooked else call for call in graph.calls)})
+
+
+def _prepare(model: nn.Module, graph: Graph, plan: Plan, undo: Undo) -> Graph:
+    """Let methods add the parameters that learn in place of a layer's own; gives the graph that knows of them."""
+    added: dict[str, dict[str, str]] = {}
+    for call in graph.layers():
+        for method in plan.layers.get(call.name, ()):
+            if call.name not in added and plan.stand_ins(call.name).keys() & method.learns_as.keys():
+                undo.add(method.prepare(model.get_submodule(call.name), call))
+                added[call.name] = {role: qualified(call.name, role) for role in method.learns_as.values()}
+    return graph.model_copy(update={"calls": tuple(
+        call.model_copy(update={"params": {**call.params, **added[call.name]}}) if call.name in added else call
+        for call in graph.calls)})
 
 
 def _choose_what_learns(model: nn.Module, plan: Plan, undo: Undo) -> None:

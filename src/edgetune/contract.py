@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import SerializeAsAny, ValidationError, field_serializer, field_validator
+from torch import nn
 
 from edgetune.errors import PlanError
 from edgetune.graph import Call, Graph
@@ -37,6 +38,8 @@ class Method(Frozen):
     method: ClassVar[str] = ""
     family: ClassVar[Literal["backward", "arithmetic", "structure"]] = "backward"
     forward_is: ClassVar[Literal["identical", "bounded", "changed"]] = "identical"
+    learns_as: ClassVar[Mapping[str, str]] = {}
+    """Role -> the role that learns in its place: a parameter that `prepare` gives to the layer."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -55,6 +58,10 @@ class Method(Frozen):
     def refuse(self, call: Call) -> str | None:
         """Why this layer cannot be taken, as "reason: way out", or None."""
         return None
+
+    def prepare(self, module: nn.Module, call: Call) -> Callable[[], None]:
+        """Give a layer the parameters of `learns_as`, before anything is routed; returns the way back."""
+        raise TypeError(f"method '{self.method}' lets other parameters learn, but declares no prepare")
 
 
 class LayerMethod(Method):
@@ -167,10 +174,24 @@ class Plan(Record):
         """The settings of `family` (a class) that the plan gives to a layer, or None."""
         return next((m for m in self.layers.get(layer, ()) if isinstance(m, family)), None)
 
+    def listed(self) -> frozenset[str]:
+        """Qualified names of the parameters under `learns`."""
+        return frozenset(qualified(layer, role) for layer, roles in self.learns.items() for role in roles)
+
     def learned(self) -> frozenset[str]:
-        """Qualified names of the parameters that train."""
-        return frozenset(f"{layer}.{role}" if layer else role for layer, roles in self.learns.items()
-                         for role in roles)
+        """Qualified names of the parameters that train: those under `learns`, or what a method puts in their place."""
+        return frozenset(qualified(layer, self.stand_ins(layer).get(role, role))
+                         for layer, roles in self.learns.items() for role in roles)
+
+    def stand_ins(self, layer: str) -> dict[str, str]:
+        """The roles of a layer that learn through another parameter: role -> that one's role."""
+        return {role: other for method in self.layers.get(layer, ()) for role, other in method.learns_as.items()
+                if role in self.learns.get(layer, ())}
+
+
+def qualified(layer: str, role: str) -> str:
+    """The name of a layer's parameter as the model knows it; the model itself is the layer ''."""
+    return f"{layer}.{role}" if layer else role
 
 
 def known_methods() -> dict[str, type[Method]]:

@@ -247,7 +247,7 @@ def _cost(model: nn.Module, graph: Graph, accounts: dict[str, Account], batches:
     batch, micro = batches
     learned = sum(_bytes(p) for p in model.parameters() if p.requires_grad)
     layers = tuple(_layers(model, graph, accounts, batches))
-    return Cost(layers=layers, param_bytes=sum(_bytes(p) for p in model.parameters()), grad_bytes=learned,
+    return Cost(layers=layers, param_bytes=sum(map(_bytes, _owned(model).values())), grad_bytes=learned,
                 optimizer_bytes=optimizer_copies * learned,
                 kept_bytes=sum(layer.kept_bytes for layer in layers),
                 peak_bytes=_with_state(model, peak_bytes, optimizer_copies, micro < batch),
@@ -264,13 +264,27 @@ def _layers(model: nn.Module, graph: Graph, accounts: dict[str, Account],
     kinds |= {owner: LOSS if owner == LOSS else "other" for owner, account in accounts.items()
               if owner not in kinds and account != Account()}
     roles = {call.name: call.params.values() for call in graph.calls}
-    waiting = dict(model.named_parameters())  # a parameter that layers share is listed with the first
+    waiting = _owned(model)  # a parameter that layers share is listed with the first
     for name, kind in kinds.items():
         own = [waiting.pop(role) for role in roles.get(name, ()) if role in waiting]
         account = accounts.get(name, Account())
         yield LayerCost(name=name, kind=kind, param_bytes=sum(_bytes(p) for p in own),
                         forward_macs=account.forward_macs * batch // micro,
                         backward_macs=account.backward_macs * batch // micro, kept_bytes=account.kept_bytes)
+
+
+def _owned(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name, without those that are a part of another one's memory."""
+    spans: dict[int, list[tuple[int, int]]] = {}
+    owned = {}
+    for name, parameter in model.named_parameters():
+        first = int(parameter.storage_offset())
+        last = first + int(sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True)))
+        beside = spans.setdefault(parameter.untyped_storage()._cdata, [])
+        if not any(start <= first and last <= end for start, end in beside):
+            beside.append((first, last))
+            owned[name] = parameter
+    return owned
 
 
 def _bytes(tensor: torch.Tensor) -> int:

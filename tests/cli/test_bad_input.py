@@ -149,6 +149,15 @@ class TestNames:
         assert "leave them out, or leave out --method" in refusal("plan", "--last", 2, *words, "--out", out)
         assert not out.exists()
 
+    def test_schemes_stand_alone_and_fit_their_network(self, out: Path) -> None:
+        scheme = ("plan", "--scheme", "mcunet-49KB", "--out", out)
+        assert "leave out --memory" in refusal(*scheme, "--last", 2)
+        assert "leave them out, or leave out --method" in refusal(*scheme, "--explain")
+        assert "made for 42 convolutions, but this network has" in refusal(*scheme, "--limit", 20)
+        assert "'mcunet' is unknown: choose from mcunet-49KB" in refusal(
+            "plan", "--scheme", "mcunet", "--limit", 20, "--out", out)  # fmt: skip
+        assert not out.exists()
+
     def test_pictures_of_another_kind(self, out: Path) -> None:
         assert "ends in .svg or .png" in refusal("plan", "--pareto", "front.gif", "--out", out)
         assert not out.exists()

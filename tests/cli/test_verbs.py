@@ -101,6 +101,13 @@ class TestTrain:
         used = json.loads((tmp_path / "run" / "plan.json").read_text())
         assert {settings[0]["patch_px"] for settings in used["layers"].values()} == {4}
 
+    def test_takes_a_published_scheme(self, tmp_path: Path) -> None:
+        network, file = ("--model", "mcunet", "--data", "digits", "--size", 64, "--limit", 20), tmp_path / "plan.json"
+        assert run_verb("plan", *network, "--scheme", "mcunet-49KB", "--out", file).exit_code == 0
+        assert len(json.loads(file.read_text())["layers"]) == 3
+        told = answer("train", *network, "--plan", file, "--epochs", 1, "--no-baseline", "--out", tmp_path / "run")
+        assert told["status"] == "finished"
+
     def test_a_cache_is_told_and_written_down(self, tmp_path: Path) -> None:
         cached = ("--cache", "disk", "--cache-codec", "int8", "--cache-views", 2, "--cache-size", "3MiB")
         done = run_verb("train", *QUICK, "--epochs", 3, "--limit", 20, *cached, "--out", tmp_path / "run")

@@ -38,6 +38,15 @@ EXAMPLES = (
     ("edgetune train --plan plan.json", "train by the plan, edited or not"),
 )
 
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        "--scheme",
+        metavar="NAME",
+        show_default=False,
+        help="A published sparse update, such as mobilenet_v2_0.35-99KB, for a network of that shape.",
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the plan is written.")]
 Explain = Annotated[
     bool,
@@ -64,6 +73,7 @@ def plan(
     patch_px: options.PatchPx = None,
     taps: options.Taps = None,
     last: options.Last = None,
+    scheme: Scheme = None,
     batch_size: options.BatchSize = 32,
     size: options.Size = None,
     val_fraction: options.ValFraction = None,
@@ -90,7 +100,9 @@ def plan(
     from edgetune.data import load_data
     from edgetune.profile import profile
 
-    wish = Wish(memory=memory, step_ms=step_ms, method=method, patch_px=patch_px, taps=taps, last=last)
+    wish = Wish(
+        memory=memory, step_ms=step_ms, method=method, patch_px=patch_px, taps=taps, last=last, scheme=scheme
+    )
     _check(wish, explain, pareto)
     pictures = load_data(
         data,
@@ -150,10 +162,10 @@ def _check(wish: Wish, explain: bool, pareto: Path | None) -> None:
     from edgetune.report.pareto import check_picture
 
     wish.check()
-    if wish.by_hand and (explain or pareto is not None):
+    if (wish.by_hand or wish.scheme is not None) and (explain or pareto is not None):
         raise PlanError(
             "--explain and --pareto tell of the planner's own choices: leave them out, or leave out --method, "
-            "--patch-px, --taps and --last"
+            "--patch-px, --taps, --last and --scheme"
         )
     if pareto is not None:
         check_picture(pareto)

@@ -108,8 +108,8 @@ def method_named(name: str, **settings: Any) -> Method:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a person says of the plan: a file, a method by hand, or a budget for the planner; nothing means a quarter of
-    the training memory of plain back-propagation."""
+    """What a person says of the plan: a file, a method by hand, a published scheme, or a budget for the planner;
+    nothing means a quarter of the training memory of plain back-propagation."""
 
     memory: str | None = None
     step_ms: float | None = None
@@ -118,6 +118,7 @@ class Wish:
     taps: str | None = None
     last: int | None = None
     file: Path | None = None
+    scheme: str | None = None
 
     @property
     def by_hand(self) -> bool:
@@ -136,6 +137,11 @@ class Wish:
             raise PlanError(
                 "--method, --patch-px, --taps and --last make the plan by hand: leave out --memory and --step-ms, "
                 "which the planner would keep to"
+            )
+        if self.scheme is not None and (planner or self.by_hand):
+            raise PlanError(
+                "--scheme names a published plan: leave out --memory, --step-ms, --method, --patch-px, --taps "
+                "and --last"
             )
         if self.memory is not None:
             parse_bytes(self.memory)
@@ -166,6 +172,7 @@ def planned(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> P
     from edgetune.contract import Plan
     from edgetune.errors import PlanError
     from edgetune.plan import Budget, Planner, last_layers
+    from edgetune.sparse import released_plan
 
     wish.check()
     if wish.file is not None:
@@ -175,6 +182,8 @@ def planned(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> P
     if wish.by_hand:
         method = method_named(wish.method or "pooled_chain", patch_px=wish.patch_px, taps=wish.taps)
         return Planned(last_layers(graph_of(model, x), wish.last, method), Budget())
+    if wish.scheme is not None:
+        return Planned(released_plan(model, graph_of(model, x), wish.scheme), Budget())
     planner = Planner(model, x, (x, y), progress=say)
     if wish.memory is None and wish.step_ms is None:
         return _planned_by_default(planner, model, x)

@@ -35,6 +35,10 @@ class ConvRule:
 
     method: LayerMethod
 
+    def learner(self, call: Call) -> str:
+        """The parameter whose gradient the method computes: the weight, or what learns in its place."""
+        return call.params.get(self.method.learns_as.get("weight", "weight"), "")
+
     def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors,
                 needs: Needs) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
         call, x = segment.calls[0], xs[0]
@@ -43,7 +47,7 @@ class ConvRule:
         y = convolve(x, weight, bias, geometry)
         # under autocast the layer sees x in y's precision, and that is what is worth keeping
         kept = {"size": x.new_empty((*x.shape[2:], 0))}
-        if call.params["weight"] in needs.params:
+        if self.learner(call) in needs.params:
             kept["x"] = self.method.save(x.to(y.dtype), geometry)
         return (y,), kept
 
@@ -54,8 +58,8 @@ class ConvRule:
         if gy is None:
             return (None,), {}
         geometry = call.geometry.at(int(kept["size"].shape[0]), int(kept["size"].shape[1]))
-        name, bias = call.params["weight"], call.params.get("bias", "")
-        weight = params[name]
+        name, bias = self.learner(call), call.params.get("bias", "")
+        weight = params[call.params["weight"]]
         grads: dict[str, torch.Tensor] = {}
         if bias in needs.params:
             grads[bias] = gy.sum((0, 2, 3), dtype=weight.dtype)
