@@ -37,7 +37,7 @@ class Options(GridOptions):
 
 RATES = (0.001, 0.003, 0.01, 0.03)
 CHAIN_RATES = (0.003, 0.01, 0.03)
-HEAD_RATES = (0.1, 0.3, 1.0, 3.0)
+HEAD_RATES = (0.3, 1.0, 3.0, 10.0)
 SCALED_RATES = (0.001, 0.003, 0.01)
 UNSCALED_RATES = (0.3, 1.0, 3.0, 10.0)
 """Without quantization-aware scaling gradients of integers are small, by how much nobody knows beforehand."""
