@@ -62,7 +62,8 @@ def test_the_stored_rows_are_those_of_the_stored_cells() -> None:
 
 BEST = {"plain": 0.1, "of its own": 3.0}
 CASE = Case("drawn", "digits_net", 32, 1, None, (0.01, 0.1))
-ARMS = (Arm("plain", stock()), Arm("as plain", stock()), Arm("of its own", stock(), rates=(0.3, 3.0)))
+OWN = Arm("of its own", stock(), rates=(0.3, 3.0))
+ARMS = (Arm("plain", stock()), Arm("as plain", stock()), OWN, Arm("as another", stock(), rate_of=OWN))
 
 
 @dataclass
@@ -98,11 +99,11 @@ def options(path: Path, **more: object) -> GridOptions:
     return GridOptions.model_validate({"out": str(path / "fake.jsonl"), "quick": True, **more})
 
 
-def test_every_arm_trains_at_its_own_best_rate_or_at_plains(tmp_path: Path) -> None:
+def test_every_arm_trains_at_the_rate_that_is_best_where_it_should_be_searched(tmp_path: Path) -> None:
     fake = Fake()
     fake.grid().run(options(tmp_path))
     cells = [asked[1:] for asked in fake.asked if asked[0] == "cell"]
-    expected = {"plain": 0.1, "as plain": 0.1, "of its own": 3.0}
+    expected = {"plain": 0.1, "as plain": 0.1, "of its own": 3.0, "as another": 3.0}
     assert cells == [(arm.method, expected[arm.method], run) for arm in ARMS for run in (0, 1)]
     searched = [asked[1:3] for asked in fake.asked if asked[0] == "search"]
     assert searched == [("plain", 0.01), ("plain", 0.1), ("of its own", 0.3), ("of its own", 3.0)]
@@ -118,17 +119,17 @@ def test_a_stopped_grid_goes_on_and_runs_nothing_twice(tmp_path: Path, stop_at: 
         first.grid().run(options(tmp_path))
     found = second.grid().run(options(tmp_path))
     both = first.asked + second.asked
-    assert len(first.asked) == stop_at and len(both) == len(set(both)) == 10
+    assert len(first.asked) == stop_at and len(both) == len(set(both)) == 12
     assert third.grid().run(options(tmp_path))["rows"] == found["rows"]
     assert third.asked == []
 
 
 def test_rows_have_medians_facts_and_plain_beside_them(tmp_path: Path) -> None:
     rows = Fake().grid().run(options(tmp_path))["rows"]
-    assert [row["method"] for row in rows] == ["plain", "as plain", "of its own"]
+    assert [row["method"] for row in rows] == [arm.method for arm in ARMS]
     assert all(row["threads"] == 1 and row["peak_bytes"] == 10.5 and row["seeds"] == 2 for row in rows)
     assert all("nowhere" not in row for row in rows)
-    plain, ours, _ = rows
+    plain, ours, *_ = rows
     assert "accuracy_difference" not in plain and "peak_bytes_baseline" not in plain
     # of four photos the second is lost in both runs
     assert ours["accuracy_difference"] == -25 and ours["difference_low"] < -25 < ours["difference_high"]

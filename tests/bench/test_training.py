@@ -137,7 +137,7 @@ def test_a_small_grid_trains_and_says_what_a_step_costs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = replace(training.DIGITS, epochs=2, rates=(0.003,))
-    arms: tuple[Arm, ...] = (training.plain(None), training.BEFORE, replace(training.int8(None)[-1], rates=(0.003,)))
+    arms: tuple[Arm, ...] = (training.plain(None), training.BEFORE, replace(training.int8(None)[-1], rate_of=None))
 
     grid = replace(training.GRID, cases=(case,), rows=tuple((case, arm) for arm in arms))
     monkeypatch.setattr(training, "GRID", grid)

@@ -54,7 +54,8 @@ Prepare = Callable[[nn.Module, torch.Tensor], Trainee]
 class Arm:
     """One method as a row. Nothing learns at all unless `trains`.
 
-    `rates` are learning rates to choose from for this arm alone; without them it takes the one chosen on plain.
+    `rates` are learning rates to choose from for this arm alone; without them it takes the one chosen on `rate_of`,
+    or else on plain.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Arm:
     taps: str | None = None
     trains: bool = True
     rates: tuple[float, ...] | None = None
+    rate_of: Arm | None = None
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Within a run (fold or seed) every arm starts from the same weights and sees the same batches. The learning rate is
 chosen on a part held out of the first run's training photos: on plain back-propagation for all arms of a case, and
-anew for an arm with `rates` of its own.
+anew for an arm with `rates` of its own, or on another arm that it names.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Grid:
 
     def _tried(self, case: Case, arm: Arm) -> Arm:
         """The arm on which the learning rate of `arm` is chosen."""
-        return arm if arm.rates else self.plain(case)
+        return arm if arm.rates else arm.rate_of or self.plain(case)
 
     def _cell(self, store: CellStore, bench: Bench, arm: Arm, index: int) -> None:
         """Finish one cell, unless it is there or another process is at it."""
