@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune.units import format_bytes
+from edgetune.units import format_bytes, format_count
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -37,6 +37,11 @@ def text(field: str) -> Format:
 def size(field: str) -> Format:
     """Bytes in binary units."""
     return lambda row: format_bytes(row[field]) if row.get(field) is not None else "-"
+
+
+def macs(field: str) -> Format:
+    """Multiply-accumulates with a decimal prefix."""
+    return lambda row: format_count(row[field]) if row.get(field) is not None else "-"
 
 
 def against(field: str) -> Format:
@@ -166,6 +171,24 @@ TABLES = {
             "accuracy %": spread("accuracy_mean", "accuracy_sd"),
             "to plain (95 %)": interval,
             "kept": size("kept_bytes"),
+            "runs": text("seeds"),
+        },
+    ),
+    "training": Table(
+        suite="training",
+        key=("case", "method", "patch_px", "taps"),
+        columns={
+            "what learns": text("case"),
+            "method": text("method"),
+            "patch": text("patch_px"),
+            "accuracy %": spread("accuracy_mean", "accuracy_sd"),
+            "to plain (95 %)": interval,
+            "rate": text("rate"),
+            "kept": size("kept_bytes"),
+            "peak": size("peak_bytes"),
+            "MACs back": macs("backward_macs"),
+            "step": number("method_ms", 1, " ms"),
+            "to plain's": number("speedup", 2, "x"),
             "runs": text("seeds"),
         },
     ),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from edgetune.bench import transfer
-from edgetune.bench.adapt import Bench
+from edgetune.bench.cases import Bench
 from edgetune.bench.cells import CellStore, mean_interval, pack_bits
 from edgetune.bench.photos import Photos, behind, inner_split, stratified_folds
 from edgetune.bench.published import PublishedFilter
@@ -146,9 +146,9 @@ def test_rows_compare_with_plain_on_the_same_photos(tmp_path: Path) -> None:
 
 
 def test_every_row_of_the_grid_has_a_name_of_its_own() -> None:
-    rows = [(case.name, *arm.identity.values()) for case, arm in transfer.GRID]
+    rows = [(case.name, *arm.identity.values()) for case, arm in transfer.ROWS]
     assert len(rows) == len(set(rows))
-    assert all((case, transfer.PLAIN) in transfer.GRID for case in transfer.CASES.values())
+    assert all((case, transfer.PLAIN) in transfer.ROWS for case in transfer.GRID.cases)
 
 
 def test_a_quick_grid_is_run_once_and_resumed(

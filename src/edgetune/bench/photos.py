@@ -1,4 +1,4 @@
-"""The photos of the transfer benchmark: folds, repeatable views, and their maps behind frozen layers.
+"""The photos of the accuracy benches: folds, repeatable views, and their maps behind frozen layers.
 
 Order and views depend on (epoch, photo) alone, so that every method of a fold sees the same batches.
 """
@@ -92,12 +92,22 @@ def flowers(root: Path, preprocess: Preprocess, limit: int | None = None, folds:
 def drifted_cifar(root: Path, preprocess: Preprocess, limit: int = 2000, seeds: int = 3) -> Photos:
     """CIFAR-10 through another camera: `limit` photos to train on and as many to test, for all seeds."""
     os.environ.setdefault("EDGETUNE_DATA", str(root))
-    dataset = load_data("cifar10:drift", preprocess, limit=limit)
+    return _one_split("cifar10:drift", preprocess, limit, seeds, Augment(shift_px=3))
+
+
+def drifted_digits(root: Path, preprocess: Preprocess, limit: int | None = None, seeds: int = 3) -> Photos:
+    """The built-in digits through another camera: 600 to train on and 400 to test, for all seeds."""
+    return _one_split("digits:drift", preprocess, limit, seeds, None)
+
+
+def _one_split(data: str, preprocess: Preprocess, limit: int | None, seeds: int, views: Augment | None) -> Photos:
+    """A data set with validation pictures of its own, for all seeds; its own views unless given."""
+    dataset = load_data(data, preprocess, limit=limit)
     pixels = torch.stack([part.pixels(i) for part in (dataset.train, dataset.val) for i in range(len(part))])
     labels = torch.tensor([*dataset.train.labels, *dataset.val.labels])
     train, everything = len(dataset.train), len(labels)
     split = (list(range(train)), list(range(train, everything)))
-    return Photos("cifar10:drift", pixels, labels, (split,) * seeds, preprocess, Augment(shift_px=3))
+    return Photos(data, pixels, labels, (split,) * seeds, preprocess, views or dataset.augment)
 
 
 def behind(source: Photos | Maps, frozen: nn.Module, epochs: int, name: str) -> Maps:

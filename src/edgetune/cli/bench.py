@@ -25,6 +25,7 @@ SUITES = {
     "steps": "whole training steps",
     "cache": "epochs from cached features",
     "transfer": "accuracy after adapting",
+    "training": "ways to train on a device side by side",
 }
 RESULTS = Path("bench/results")
 SHOWN = (

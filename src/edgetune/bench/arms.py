@@ -1,0 +1,132 @@
+"""The methods that the accuracy benches compare, as rows: what each makes of a pretrained network before it trains.
+
+A new method is a new `Prepare`: a function from the network and pictures of it to a `Trainee`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgetune.apply import apply
+from edgetune.contract import Method, Plan
+from edgetune.draft import last_layers
+from edgetune.graph import Graph, trace
+from edgetune.methods.backward.exact import Exact
+from edgetune.methods.backward.pooled_chain import PooledChain
+from edgetune.quantize import QuantizedNetwork, Rounded, Stepped, StochasticSGD, quantize, scale_gradients
+from edgetune.quantize import last_layers as last_integers
+from edgetune.quantize.weights import Held
+
+BATCH = 32
+
+
+def _sgd(model: nn.Module, rate: float, momentum: float, seed: int) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate, momentum=momentum)
+
+
+def _stochastic_sgd(model: nn.Module, rate: float, momentum: float, seed: int) -> torch.optim.Optimizer:
+    return StochasticSGD(model, lr=rate, momentum=momentum, seed=seed)
+
+
+def _leave(model: Any) -> None:
+    """Gradients as they are."""
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A network that is ready to train: `rescale` comes after backward, `optimizer` takes (rate, momentum, seed)."""
+
+    model: nn.Module
+    rescale: Callable[[Any], None] = _leave
+    optimizer: Callable[[nn.Module, float, float, int], torch.optim.Optimizer] = _sgd
+
+
+Prepare = Callable[[nn.Module, torch.Tensor], Trainee]
+"""From a pretrained network in eval mode and pictures x (n c h w) to trace and calibrate with."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method as a row. Nothing learns at all unless `trains`.
+
+    `rates` are learning rates to choose from for this arm alone; without them it takes the one chosen on `rate_of`,
+    or else on plain.
+    """
+
+    method: str
+    prepare: Prepare
+    patch_px: int | None = None
+    taps: str | None = None
+    trains: bool = True
+    rates: tuple[float, ...] | None = None
+    rate_of: Arm | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this row from the others of its case."""
+        return {"method": self.method, "patch_px": self.patch_px, "taps": self.taps}
+
+
+def stock(count: int | None = None, scales: bool = True) -> Prepare:
+    """Stock autograd: the last `count` convolutions (None: all), the norms behind them and the head learn.
+
+    Norms learn their scales only with `scales`.
+    """
+
+    def prepare(model: nn.Module, pictures: torch.Tensor) -> Trainee:
+        learned = last_layers(trace(model, pictures[:BATCH]), count, Exact(), scales=scales).learned()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in learned)
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d):  # the layout in which stock convolutions are faster
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        return Trainee(model)
+
+    return prepare
+
+
+def planned(plan: Callable[[Graph], Plan]) -> Prepare:
+    """By the plan that `plan` makes of the graph."""
+
+    def prepare(model: nn.Module, pictures: torch.Tensor) -> Trainee:
+        graph = trace(model, pictures[:BATCH])
+        apply(model, plan(graph), graph)
+        return Trainee(model)
+
+    return prepare
+
+
+def last(count: int | None, method: Method, scales: bool = False) -> Callable[[Graph], Plan]:
+    """The last `count` convolutions (None: all) by `method`; weights, shifts and the head learn.
+
+    With `scales` the norms' scales do too.
+    """
+    return lambda graph: last_layers(graph, count, method, scales=scales)
+
+
+def chain(patch_px: int, taps: str = "mean", scales: bool = False, count: int | None = None) -> Arm:
+    """The pooled chain in the last `count` convolutions (None: in all)."""
+    method = PooledChain.model_validate({"patch_px": patch_px, "taps": taps})
+    name = "pooled chain" + (", with scales" if scales else "")
+    return Arm(name, planned(last(count, method, scales)), patch_px, taps)
+
+
+def integers(count: int | None, scaled: bool, state: type[Held] = Rounded) -> Prepare:
+    """The int8 network; weights and biases of its last `count` convolutions (None: all) and the head learn.
+
+    `scaled` is quantization-aware scaling, `state` how weights are held between steps.
+    """
+
+    def prepare(model: nn.Module, pictures: torch.Tensor) -> Trainee:
+        record = quantize(model, pictures.split(BATCH))
+        learns = last_integers(record.graph, len(record.graph.convs) if count is None else count)
+        network = QuantizedNetwork(record, learns, state)
+        optimizer = _stochastic_sgd if state is Stepped else _sgd
+        return Trainee(network, scale_gradients if scaled else _leave, optimizer)
+
+    return prepare
