@@ -55,7 +55,7 @@ class Arm:
     """One method as a row. Nothing learns at all unless `trains`.
 
     `rates` are learning rates to choose from for this arm alone; without them it takes the one chosen on `rate_of`,
-    or else on plain.
+    or else on plain. `seed` is added to that of every run: another draw of head and order.
     """
 
     method: str
@@ -65,6 +65,7 @@ class Arm:
     trains: bool = True
     rates: tuple[float, ...] | None = None
     rate_of: Arm | None = None
+    seed: int = 0
 
     @property
     def identity(self) -> dict[str, Any]:

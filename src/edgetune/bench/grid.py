@@ -106,8 +106,9 @@ class Grid:
         with store.locked(cell_key(cell), wait=False) as mine:
             if mine and not store.done(cell_key(cell)):
                 rate = self.best_rate(store.lines(), bench, arm)
-                found = self.study(bench, arm, bench.photos().splits[index], rate, index)
-                store.append(_line(f"{self.suite}-cell", cell, bench, rate, index, found))
+                seed = index + arm.seed
+                found = self.study(bench, arm, bench.photos().splits[index], rate, seed)
+                store.append(_line(f"{self.suite}-cell", cell, bench, rate, seed, found))
 
     def best_rate(self, lines: list[Line], bench: Bench, arm: Arm) -> float:
         """The learning rate with the lowest loss on the held-out photos, of those tried for this arm."""

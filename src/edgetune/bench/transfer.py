@@ -61,6 +61,8 @@ def exact_tail(patch_px: int, first_exact: int, scales: bool = False) -> Arm:
 
 
 PLAIN = Arm("plain", stock())
+AGAIN = Arm("plain again", stock(), seed=100)
+"""What chance alone does to the difference between two runs."""
 SHIFTS = Arm("plain, shifts only", stock(scales=False))
 BEFORE = Arm("before", stock(), trains=False)
 
@@ -87,6 +89,7 @@ ROWS: tuple[tuple[Case, Arm], ...] = (
     *((CIFAR, arm) for arm in (chain(2, "grid"), chain(4), published(2), SHIFTS)),
     *((case, chain(2, scales=True)) for case in (LAST4, ALL)),
     (ALL, exact_tail(2, 4, scales=True)),
+    (ALL, AGAIN),
     *((LAST4, arm) for arm in _LAST[4:]),
     *((case, chain(4, scales=True)) for case in (LAST4, ALL)),
     *((LAST2, arm) for arm in (PLAIN, chain(2), chain(4), chain(2, "grid"), published(2), chain(7))),
