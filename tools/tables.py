@@ -125,11 +125,11 @@ def layers(taps: str) -> Table:
     )
 
 
-TABLES = {
-    "layers": layers("mean"),
-    "layers-grid": layers("grid"),
-    "steps": Table(
+def steps(where: Callable[[Row], bool] = lambda row: True) -> Table:
+    """Whole training steps: all of them, or those of `where`."""
+    return Table(
         suite="steps",
+        where=where,
         key=("case", "method", "patch_px", "taps", "batch"),
         columns={
             "step": text("case"),
@@ -143,7 +143,14 @@ TABLES = {
             "kept": against("kept_bytes"),
             "peak": against("peak_bytes"),
         },
-    ),
+    )
+
+
+TABLES = {
+    "layers": layers("mean"),
+    "layers-grid": layers("grid"),
+    "steps": steps(),
+    "steps-whole": steps(lambda row: row["depth"] == "all" and row["size_px"] == 224),
     "cache": Table(
         suite="cache",
         key=("case", "method", "patch_px", "taps", "codec", "batch"),
