@@ -80,10 +80,10 @@ def grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, 
     if o % groups:
         raise EdgetuneError(f"{o} output channels don't divide into {groups} groups: give the layer's own groups")
     c = w.shape[1] * groups
-    if x is not None:
+    if x is not None and x.shape != (n, c, p, q):
         expect(x, "n c p q", n=n, c=c, p=p, q=q)
     for factor in (to_input, to_weight):
-        if factor is not None:
+        if factor is not None and factor.shape != (p, q):
             expect(factor, "p q", p=p, q=q)
     gx = g.new_empty((c, n, p, q) if wants_input else (0, 0, 0, 0)).transpose(0, 1)
     sums = g.new_empty(o * (w.shape[1] + ROWS - 1) if wants_input else 0)

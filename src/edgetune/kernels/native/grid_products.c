@@ -22,6 +22,7 @@ typedef struct {
     int64_t groups, o, i, length, cells, taps;  /* o, i: channels of one group */
     int64_t w_o, w_i, w_t, gw_o, gw_i, gw_t, copies;
     int64_t row_blocks, block_rows;  /* gx: a panel's rows are cut where there are too few panels */
+    int64_t weight_items;
 } products;
 
 static inline int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
@@ -231,6 +232,14 @@ static void weight_panels(const void *job, int64_t begin, int64_t end) {
         weight_tile(p, item / blocks / panels, item / blocks % panels * COLUMNS, item % blocks * TILE_ROWS, tile, b);
 }
 
+/* Both products at once, the larger items of gw first. */
+static void both_panels(const void *job, int64_t begin, int64_t end) {
+    const products *p = job;
+    if (begin < p->weight_items) weight_panels(job, begin, least(end, p->weight_items));
+    if (end > p->weight_items)
+        input_panels(job, begin > p->weight_items ? begin - p->weight_items : 0, end - p->weight_items);
+}
+
 /* The first tap's values to the others, whole rows at a time. Items are output channels. */
 static void copy_taps(const void *job, int64_t begin, int64_t end) {
     const products *p = job;
@@ -288,14 +297,12 @@ void et_grid_products_f32(const float *g, const float *m, const float *n, const 
         et_parallel(one_channel, &p, p.groups, 3 * rows * p.length * (int64_t)sizeof *g, threads);
         return;
     }
-    if (gx) {
-        int64_t panels = p.groups * parts(p.length, COLUMNS), enough = 8 * threads;
-        p.block_rows = ROWS * parts(parts(p.i, ROWS), panels < enough ? parts(enough, panels + 1) : 1);
-        p.row_blocks = parts(p.i, p.block_rows);
-        et_parallel(input_panels, &p, panels * p.row_blocks, macs / MACS_PER_BYTE, threads);
-    }
-    if (gw) et_parallel(weight_panels, &p, p.groups * parts(p.i, COLUMNS) * parts(p.o, TILE_ROWS),
-                        macs / MACS_PER_BYTE, threads);
+    int64_t panels = p.groups * parts(p.length, COLUMNS), enough = 8 * threads;
+    p.block_rows = ROWS * parts(parts(p.i, ROWS), panels < enough ? parts(enough, panels + 1) : 1);
+    p.row_blocks = parts(p.i, p.block_rows);
+    p.weight_items = gw ? p.groups * parts(p.i, COLUMNS) * parts(p.o, TILE_ROWS) : 0;
+    et_parallel_each(both_panels, &p, p.weight_items + (gx ? panels * p.row_blocks : 0),
+                     (gx && gw ? 2 : 1) * macs / MACS_PER_BYTE, threads);
     if (gw && p.gw_i == 1 && p.copies > 1)
         et_parallel(copy_taps, &p, rows, rows * p.i * p.copies * (int64_t)sizeof *gw, threads);
 }

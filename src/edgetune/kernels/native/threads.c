@@ -122,15 +122,17 @@ void et_use_team(et_team team) {
     atomic_store(&borrowed, team);
 }
 
-void et_parallel(et_body body, const void *job, int64_t items, int64_t bytes, int threads) {
+/* With block 0 the items are cut into a few blocks a thread. */
+static void run_blocks(et_body body, const void *job, int64_t items, int64_t block, int64_t bytes, int threads) {
     if (items <= 0) return;
     int64_t useful = bytes / BYTES_PER_THREAD;
     if (threads > useful) threads = (int)useful;
     if (threads > items) threads = (int)items;
+    int64_t blocks = (int64_t)threads * BLOCKS_PER_THREAD;
+    if (block == 0 && threads > 1) block = (items + blocks - 1) / blocks;
     et_team team = atomic_load(&borrowed);
     if (threads > 1 && team != NULL) {
-        int64_t blocks = (int64_t)threads * BLOCKS_PER_THREAD;
-        shared_job shared = {.body = body, .job = job, .items = items, .block = (items + blocks - 1) / blocks};
+        shared_job shared = {.body = body, .job = job, .items = items, .block = block};
         team(share_blocks, &shared, (unsigned)threads, 0);
         return;
     }
@@ -140,11 +142,10 @@ void et_parallel(et_body body, const void *job, int64_t items, int64_t bytes, in
     }
     pthread_mutex_lock(&pool.lock);
     add_workers(threads - 1);
-    int64_t blocks = (int64_t)threads * BLOCKS_PER_THREAD;
     pool.body = body;
     pool.job = job;
     pool.items = items;
-    pool.block = (items + blocks - 1) / blocks;
+    pool.block = block;
     atomic_store(&pool.next, 0);
     pool.wanted = threads - 1;
     pool.open = true;
@@ -157,4 +158,12 @@ void et_parallel(et_body body, const void *job, int64_t items, int64_t bytes, in
     while (pool.active > 0) pthread_cond_wait(&pool.done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
     pthread_mutex_unlock(&pool.submit);
+}
+
+void et_parallel(et_body body, const void *job, int64_t items, int64_t bytes, int threads) {
+    run_blocks(body, job, items, 0, bytes, threads);
+}
+
+void et_parallel_each(et_body body, const void *job, int64_t items, int64_t bytes, int threads) {
+    run_blocks(body, job, items, 1, bytes, threads);
 }

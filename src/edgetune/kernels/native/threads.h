@@ -11,6 +11,9 @@ typedef void (*et_body)(const void *job, int64_t begin, int64_t end);
  * the items are cut. */
 void et_parallel(et_body body, const void *job, int64_t items, int64_t bytes, int threads);
 
+/* The same, handed out one by one in their order: for few items of unequal size, the largest first. */
+void et_parallel_each(et_body body, const void *job, int64_t items, int64_t bytes, int threads);
+
 /* Runs work(data) on `threads` threads at once and returns when all are done: the signature of OpenMP's
  * GOMP_parallel. et_use_team makes et_parallel use such a team in place of its own pool; NULL ends that. */
 typedef void (*et_team)(void (*work)(void *data), void *data, unsigned threads, unsigned flags);
