@@ -50,6 +50,13 @@ def test_every_row_has_a_name_of_its_own_and_a_plain_one_beside_it() -> None:
     assert not any("," in case.name for case in training.GRID.cases)
 
 
+def test_a_rate_counts_by_its_worst_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {0: 0.3, 1: 2.3, 2: 0.4}
+    monkeypatch.setattr(training, "adapt", lambda bench, arm, split, rate, seed: {"test_loss": losses[seed]})
+    found = training.search(BENCH, training.HEAD, ([], []), 0.01, 0)
+    assert found == {"test_loss": 2.3, "searched_seeds": 3}
+
+
 def test_plain_learns_everything_and_the_head_alone_nothing_else() -> None:
     network = BENCH.learning_part(0)
     assert set(learned(made("plain"))) == {name for name, _ in network.named_parameters()}
@@ -142,6 +149,7 @@ def test_a_small_grid_trains_and_says_what_a_step_costs(
     grid = replace(training.GRID, cases=(case,), rows=tuple((case, arm) for arm in arms))
     monkeypatch.setattr(training, "GRID", grid)
     monkeypatch.setattr(costs, "ROUNDS", 1)
+    monkeypatch.setattr(training, "SEARCHED_SEEDS", 1)
     options = GridOptions(out=str(tmp_path / "t.jsonl"), quick=True)
     rows = {row["method"]: row for row in grid.run(options)["rows"]}
     lines = CellStore(options.out).lines()

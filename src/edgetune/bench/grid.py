@@ -156,7 +156,7 @@ class Grid:
         common = sorted(cells.keys() & plain.keys())
         if not common or last["method"] == PLAIN:
             return row
-        beside = _medians(plain, ("kept_bytes", *self.medians))
+        beside = {"kept_bytes": plain[common[0]]["kept_bytes"], **_medians(plain, self.medians)}
         return {**row, **_compared(cells, plain, common), **{f"{name}_baseline": n for name, n in beside.items()}}
 
 
