@@ -55,7 +55,8 @@ class Arm:
     """One method as a row. Nothing learns at all unless `trains`.
 
     `rates` are learning rates to choose from for this arm alone; without them it takes the one chosen on `rate_of`,
-    or else on plain. `seed` is added to that of every run: another draw of head and order.
+    or else on plain. It goes `repeats` times through the splits of a case, each time with other seeds: another head,
+    another order of the photos.
     """
 
     method: str
@@ -65,7 +66,7 @@ class Arm:
     trains: bool = True
     rates: tuple[float, ...] | None = None
     rate_of: Arm | None = None
-    seed: int = 0
+    repeats: int = 1
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from edgetune.bench.cells import (
 from edgetune.bench.photos import Split, inner_split
 from edgetune.record import Record
 
+SEEDS_APART = 100
+"""From the seed of a split to that of the same split gone through once more."""
 PLAIN = "plain"
 """The arm of every case that the others are compared with."""
 
@@ -80,7 +82,7 @@ class Grid:
             if _asked_for(options, case, arm):
                 bench = Bench(case, options.data, options.quick)
                 self._choose_rate(store, bench, arm)
-                for index in range(len(bench.photos().splits)):
+                for index in range(arm.repeats * len(bench.photos().splits)):
                     self._cell(store, bench, arm, index)
         rows = self.summarise(options.out)
         store.replace(self.suite, rows)
@@ -106,8 +108,10 @@ class Grid:
         with store.locked(cell_key(cell), wait=False) as mine:
             if mine and not store.done(cell_key(cell)):
                 rate = self.best_rate(store.lines(), bench, arm)
-                seed = index + arm.seed
-                found = self.study(bench, arm, bench.photos().splits[index], rate, seed)
+                splits = bench.photos().splits
+                again, split = divmod(index, len(splits))
+                seed = split + SEEDS_APART * again
+                found = self.study(bench, arm, splits[split], rate, seed)
                 store.append(_line(f"{self.suite}-cell", cell, bench, rate, seed, found))
 
     def best_rate(self, lines: list[Line], bench: Bench, arm: Arm) -> float:
