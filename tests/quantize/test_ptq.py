@@ -229,9 +229,9 @@ def agreement(name: str, weights: Path, pictures: torch.Tensor, calibrate: torch
     return float((model(pictures).argmax(1) == network(pictures).argmax(1)).double().mean())
 
 
-def test_resnet20_says_the_same_in_integers(shared: Callable[[str], Path]) -> None:
+def test_resnet20_says_the_same_in_integers(shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     weights = shared("weights/resnet20_cifar10.safetensors")
-    shared("cifar10_jpeg.npz")
+    monkeypatch.setenv("EDGETUNE_DATA", str(shared("cifar10_jpeg.npz").parent))
     data = load_data("cifar10", Preprocess.from_input(model_card("resnet20").input), limit=64)
     pictures, calibrate = (torch.stack([part[i][0] for i in range(64)]) for part in (data.val, data.train))
     assert agreement("resnet20", weights, pictures, calibrate) >= 60 / 64
