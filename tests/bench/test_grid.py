@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -142,3 +142,15 @@ def test_a_part_of_the_grid_can_be_asked_for(tmp_path: Path) -> None:
     assert {asked[1] for asked in fake.asked} == {"of its own"}
     fake.grid().run(options(tmp_path, cases=("another",)))
     assert len(fake.asked) == 4
+
+
+def test_an_arm_may_go_through_its_splits_again_with_other_seeds(tmp_path: Path) -> None:
+    fake = Fake()
+    twice = replace(ARMS[0], repeats=2)
+    grid = replace(fake.grid(), rows=((CASE, twice), (CASE, ARMS[1])))
+    plain, ours = grid.run(options(tmp_path))["rows"]
+    cells = [(asked[3], split) for asked, split in zip(fake.asked, fake.splits, strict=True)
+             if asked[:2] == ("cell", "plain")]
+    splits = Bench(CASE, "", quick=True).photos().splits
+    assert cells == [(0, splits[0]), (1, splits[1]), (100, splits[0]), (101, splits[1])]
+    assert (plain["seeds"], ours["seeds"]) == (4, 2)
