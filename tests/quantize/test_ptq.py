@@ -159,7 +159,7 @@ REFUSED = {
         "layer 'add_' changes in place what is read again later",
     ),
     "not followed at all": (
-        Functional(lambda self, x: self.conv(x) if x.sum() > 0 else x, conv=CONV),
+        Functional(lambda self, x: self.conv(x) if x.sum() > -1e9 else x, conv=CONV),
         "layer 'conv' cannot be followed (TraceError: ",
     ),
     "computed beside": (
@@ -167,7 +167,7 @@ REFUSED = {
         "is not the way from one picture to one result",
     ),
     "not followed": (
-        nn.Sequential(Functional(lambda self, x: self.conv(x) if x.sum() > 0 else x, conv=CONV), CONV),
+        nn.Sequential(Functional(lambda self, x: self.conv(x) if x.sum() > -1e9 else x, conv=CONV), CONV),
         "layer '0' cannot be followed",
     ),
 }  # fmt: skip
