@@ -15,7 +15,7 @@ from torch import nn
 
 from edgetune.contract import LayerMethod, Plan, Segment, SegmentMethod, one_call, qualified
 from edgetune.errors import PlanError, Refusal
-from edgetune.graph import Call, Graph, trace
+from edgetune.graph import Call, Graph, carries_hooks, trace
 from edgetune.hosts.conv import ConvRule
 from edgetune.hosts.pointwise import exact_rule
 from edgetune.methods.backward.exact import Exact
@@ -131,9 +131,8 @@ def _check(model: nn.Module, graph: Graph, plan: Plan) -> None:
 
 
 def _hooked(model: nn.Module) -> set[str]:
-    """Names of the modules on which someone has registered hooks; calls to them must stay real calls."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return {name for name, module in model.named_modules() if name and any(getattr(module, kind) for kind in kinds)}
+    """Names of the modules on which someone has registered hooks."""
+    return {name for name, module in model.named_modules() if name and carries_hooks(module)}
 
 
 def _without_hooked(model: nn.Module, graph: Graph) -> Graph:

@@ -194,13 +194,20 @@ class _Recorder(fx.Interpreter):
 def _make_call(model: nn.Module, name: str, node: str, inputs: tuple[str, ...], given: list[torch.Tensor],
                out: Any, facts: dict[str, Any]) -> Call:
     params: dict[str, str] = facts.pop("params", {})
-    shapes = {role: tuple(_tensor(model, qualified).shape) for role, qualified in params.items()}
+    shapes = {role: tuple(tensor_of(model, qualified).shape) for role, qualified in params.items()}
     return Call(name=name, node=node, inputs=inputs, in_shapes=tuple(tuple(x.shape) for x in given),
                 out_shape=tuple(out.shape) if isinstance(out, torch.Tensor) else (), params=params,
                 param_shapes=shapes, **facts)
 
 
-def _tensor(model: nn.Module, qualified: str) -> torch.Tensor:
+def carries_hooks(module: nn.Module) -> bool:
+    """Whether someone has registered hooks on this very module; calls to it must stay real calls."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def tensor_of(model: nn.Module, qualified: str) -> torch.Tensor:
+    """The parameter or buffer of that qualified name."""
     owner, _, leaf = qualified.rpartition(".")
     tensor: torch.Tensor = getattr(model.get_submodule(owner), leaf)
     return tensor

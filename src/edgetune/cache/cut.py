@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from edgetune.errors import Refusal
-from edgetune.graph import follow
+from edgetune.graph import carries_hooks, follow
 from edgetune.meter import PRODUCTS
 from edgetune.route import compiled, routed_graph
 
@@ -76,7 +76,7 @@ def find_cut(model: nn.Module, shape: Sequence[int]) -> Cut:
 
 
 def _graph(model: nn.Module) -> fx.Graph:
-    if _hooks(model):
+    if carries_hooks(model):
         raise Refusal(type(model).__name__, "carries hooks, which would not see what is cached",
                       "remove them, or train without a cache")
     routed = routed_graph(model)
@@ -116,7 +116,7 @@ class _Scout(fx.Interpreter):
         if n.op == "output":
             raise _End
         before, states = _random_state(self.model), _versions(self.model)
-        if n.op == "call_module" and _hooks(self.model.get_submodule(str(n.target)), inside=True):
+        if n.op == "call_module" and any(map(carries_hooks, self.model.get_submodule(str(n.target)).modules())):
             self._stop(n, "carries hooks")
         with _Macs() as macs:
             out = super().run_node(n)
@@ -247,11 +247,6 @@ def _layer(model: nn.Module, node: fx.Node) -> str:
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     names = [name for name in read if name in learned] or read[:1]
     return names[0].rpartition(".")[0] if names else node.name
-
-
-def _hooks(module: nn.Module, inside: bool = False) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(part, kind) for part in (module.modules() if inside else (module,)) for kind in kinds)
 
 
 def _random_state(model: nn.Module) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from edgetune.errors import Refusal
-from edgetune.graph import Call, Graph
+from edgetune.graph import Call, Graph, tensor_of
 from edgetune.recognise import MASKS
 
 _COMPUTES = ("conv", "add", "mean", "subsample", "pad", "linear")
@@ -128,8 +128,4 @@ def folded(model: nn.Module, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _params(model: nn.Module, call: Call) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for role, name in call.params.items():
-        owner, _, leaf = name.rpartition(".")
-        tensors[role] = getattr(model.get_submodule(owner), leaf)
-    return tensors
+    return {role: tensor_of(model, name) for role, name in call.params.items()}
