@@ -50,14 +50,8 @@ def costs_of(
     memory that the plan is there to save. Raises PlanError or Refusal when the plan does not fit.
     """
     micro = min(plan.micro_batch or len(x), len(x))
-    planned_seen = plain_seen = None
-    predicted = profile(model, x, plan)
-    if measured:
-        undo = apply(model, plan)
-        try:
-            planned_seen = measure(model, x, y, micro_batch=micro, repeats=REPEATS)
-        finally:
-            undo()
+    plain_seen = None
+    predicted, planned_seen = _planned(model, plan, x, y, measured)
     plain = unrestrained(copy.deepcopy(model))
     plain_predicted = profile(plain, x[:micro])
     if measured and plain_measured:
@@ -72,6 +66,25 @@ def costs_of(
         memory_budget_bytes=memory_budget_bytes,
         step_budget_ms=step_budget_ms,
     )
+
+
+def planned_again(costs: Costs, model: nn.Module, plan: Plan, x: torch.Tensor, y: torch.Tensor) -> Costs:
+    """The same costs, but for the planned step: that is `model`'s as it is now."""
+    predicted, seen = _planned(model, plan, x, y, costs.planned_measured is not None)
+    return costs.model_copy(update={"planned_predicted": predicted, "planned_measured": seen})
+
+
+def _planned(
+    model: nn.Module, plan: Plan, x: torch.Tensor, y: torch.Tensor, measured: bool
+) -> tuple[Cost, Cost | None]:
+    predicted = profile(model, x, plan)
+    if not measured:
+        return predicted, None
+    undo = apply(model, plan)
+    try:
+        return predicted, measure(model, x, y, micro_batch=min(plan.micro_batch or len(x), len(x)), repeats=REPEATS)
+    finally:
+        undo()
 
 
 def unrestrained(model: nn.Module) -> nn.Module:

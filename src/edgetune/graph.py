@@ -6,8 +6,10 @@ becomes an opaque call (the reason is kept); the layers inside are still listed,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -112,8 +114,36 @@ class LayerTracer(fx.Tracer):
             return self.create_proxy("call_module", name, args, kwargs)
 
 
+@dataclass(frozen=True)
+class Rewritten:
+    """What a network computes by mode (training or not), where that is no longer what its class says."""
+
+    graphs: Mapping[bool, fx.Graph]
+    opaque: Mapping[str, str]
+
+
+_REWRITTEN = "_edgetune_rewritten"
+
+
+def rewrite(model: nn.Module, by: Rewritten | None) -> None:
+    """Let `follow` give another dataflow for `model` than its class's; None takes that back."""
+    if by is None:
+        del model.__dict__[_REWRITTEN]
+    else:
+        model.__dict__[_REWRITTEN] = by
+
+
+def rewritten(model: nn.Module) -> Rewritten | None:
+    """What `rewrite` said of a model."""
+    by: Rewritten | None = model.__dict__.get(_REWRITTEN)
+    return by
+
+
 def follow(model: nn.Module) -> tuple[fx.Graph | None, dict[str, str]]:
     """The dataflow of `model` as an `fx` graph, or None with the reason under the name ''."""
+    by = rewritten(model)
+    if by is not None:
+        return copy.deepcopy(by.graphs[model.training]), dict(by.opaque)
     tracer = LayerTracer()
     try:
         graph = tracer.trace(model)

@@ -23,13 +23,15 @@ from edgetune.apply import apply
 from edgetune.contract import Plan
 from edgetune.graph import Graph, trace
 from edgetune.meter import LOSS, Account, Ledger, keep_book
+from edgetune.recognise import INTEGERS
 from edgetune.record import Record
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 class LayerCost(Record):
-    """One layer in one training step. `kept_bytes`: storages it is the first to keep for backward.
+    """One layer in one training step. `kept_bytes`: storages it is the first to keep for backward. What a layer in
+    integers holds counts among `param_bytes`.
 
     Matrix products and convolutions count, as multiply-accumulates; elementwise work does not.
     The row of kind "loss" is the loss function itself.
@@ -247,7 +249,8 @@ def _cost(model: nn.Module, graph: Graph, accounts: dict[str, Account], batches:
     batch, micro = batches
     learned = sum(_bytes(p) for p in model.parameters() if p.requires_grad)
     layers = tuple(_layers(model, graph, accounts, batches))
-    return Cost(layers=layers, param_bytes=sum(map(_bytes, _owned(model).values())), grad_bytes=learned,
+    held = [*_owned(model).values(), *(t for name in _in_integers(graph) for t in model.get_submodule(name).buffers())]
+    return Cost(layers=layers, param_bytes=sum(map(_bytes, held)), grad_bytes=learned,
                 optimizer_bytes=optimizer_copies * learned,
                 kept_bytes=sum(layer.kept_bytes for layer in layers),
                 peak_bytes=_with_state(model, peak_bytes, optimizer_copies, micro < batch),
@@ -264,13 +267,20 @@ def _layers(model: nn.Module, graph: Graph, accounts: dict[str, Account],
     kinds |= {owner: LOSS if owner == LOSS else "other" for owner, account in accounts.items()
               if owner not in kinds and account != Account()}
     roles = {call.name: call.params.values() for call in graph.calls}
-    waiting = _owned(model)  # a parameter that layers share is listed with the first
+    waiting, integers = _owned(model), _in_integers(graph)  # a parameter that layers share is listed with the first
     for name, kind in kinds.items():
-        own = [waiting.pop(role) for role in roles.get(name, ()) if role in waiting]
+        own: list[torch.Tensor] = [waiting.pop(role) for role in roles.get(name, ()) if role in waiting]
+        if name in integers:
+            own += [*model.get_submodule(name).parameters(), *model.get_submodule(name).buffers()]
         account = accounts.get(name, Account())
         yield LayerCost(name=name, kind=kind, param_bytes=sum(_bytes(p) for p in own),
                         forward_macs=account.forward_macs * batch // micro,
                         backward_macs=account.backward_macs * batch // micro, kept_bytes=account.kept_bytes)
+
+
+def _in_integers(graph: Graph) -> set[str]:
+    """The layers that are networks in integers: their weights are buffers."""
+    return {call.name for call in graph.layers(INTEGERS)}
 
 
 def _owned(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -41,9 +41,17 @@ _ADDS = {operator.add, operator.iadd, torch.add}
 _MULTIPLIES = {operator.mul, operator.imul, torch.mul}
 
 
+INTEGERS = "integers"
+"""The kind of a module that is a whole network in integers."""
+
+
+class IntegerLayer(nn.Module):
+    """The base of modules that compute in integers: one call, with nothing to follow inside."""
+
+
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is one call, not to be followed further."""
-    return type(module) in _MODULES or _is_same_conv(module)
+    return type(module) in _MODULES or _is_same_conv(module) or isinstance(module, IntegerLayer)
 
 
 def describe_module(module: nn.Module, name: str, given: list[torch.Tensor]) -> Facts:
@@ -215,6 +223,8 @@ def _flatten(module: nn.Module, given: list[torch.Tensor]) -> Facts:
 
 
 def _other(module: nn.Module, given: list[torch.Tensor]) -> Facts:
+    if isinstance(module, IntegerLayer):
+        return {"kind": INTEGERS, "function": type(module).__name__}
     kind = "opaque" if any(True for _ in module.children()) else "other"
     return {"kind": kind, "function": type(module).__name__}
 

@@ -2,6 +2,7 @@
 
     run.json              the Run record; written last when a run starts, so where it is, the rest is too
     plan.json             the Plan, as a person can read it
+    frozen.safetensors    the frozen part in integers, where the run has one (`edgetune.frozen`)
     weights.safetensors   the whole state_dict, the last good one
     *.checkpoint          all that going on needs, in one file, so that no two of its parts can disagree
 
@@ -31,11 +32,12 @@ from edgetune.contract import Plan
 from edgetune.costs import Costs
 from edgetune.data import Augment, Dataset, Pictures, Preprocess, batches, load_data, open_picture
 from edgetune.errors import ModelError, RunError
+from edgetune.frozen import FrozenPart, restore
 from edgetune.graph import evaluating
 from edgetune.models import head_classes, load_model, replace_head
 from edgetune.record import Record, atomic_write
 
-RUN, PLAN, WEIGHTS = "run.json", "plan.json", "weights.safetensors"
+RUN, PLAN, WEIGHTS, FROZEN = "run.json", "plan.json", "weights.safetensors", "frozen.safetensors"
 State = dict[str, torch.Tensor]
 
 
@@ -45,7 +47,8 @@ class Interrupted(RunError):
 
 class Settings(Record):
     """How a network is trained: SGD with momentum, the rate rising over `warm_up` of all steps, then falling
-    to zero as a cosine; gradients longer than `clip_norm` are shortened; norms and biases don't decay."""
+    to zero as a cosine; gradients longer than `clip_norm` are shortened; norms and biases don't decay. With
+    `frozen_bits` what is in front of the first layer that learns runs in integers."""
 
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -58,6 +61,7 @@ class Settings(Record):
     augment: Augment | None = None
     baseline: bool = False
     cache: Cache | None = None
+    frozen_bits: Literal[8] | None = None
 
 
 class ModelRef(Record):
@@ -100,7 +104,7 @@ class Plain(Record):
 
 class Run(Record):
     """One training. `epochs` holds the curves, `versions` what it ran on, accuracies lie between 0 and 1;
-    `cached` is what the cache did for the planned training."""
+    `cached` is what the cache did for the planned training, `frozen` what became of the part in integers."""
 
     status: Literal["running", "interrupted", "diverged", "finished"]
     started: str
@@ -117,6 +121,7 @@ class Run(Record):
     plain: Plain | None = None
     costs: Costs | None = None
     cached: CacheUse | None = None
+    frozen: FrozenPart | None = None
 
 
 def versions() -> dict[str, str]:
@@ -142,7 +147,7 @@ def fresh_folder(parent: str | Path, stem: str) -> Path:
 
 def sweep(folder: Path) -> None:
     """Remove what a kill in the middle of writing leaves behind: halves of files under hidden names."""
-    for name in (RUN, PLAN, WEIGHTS, "*.checkpoint"):
+    for name in (RUN, PLAN, WEIGHTS, FROZEN, "*.checkpoint"):
         for half in folder.glob(f".{name}.*"):
             half.unlink(missing_ok=True)
 
@@ -198,6 +203,7 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> LoadedRun:
     folder, run = Path(path), read_run(path)
     plan = Plan.load(folder / PLAN)
     model = build(run) if model is None else model
+    restore(model, folder / FROZEN, run.frozen)
     fill(model, read_tensors(folder / WEIGHTS)[0], folder / WEIGHTS)
     return LoadedRun(folder=folder, run=run, plan=plan, model=model.eval())
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -16,12 +18,14 @@ from torch import nn
 from edgetune.apply import Undo, apply
 from edgetune.cache import FILES, Cache, Sight, open_features
 from edgetune.contract import Plan
-from edgetune.costs import Costs, costs_of, unrestrained
+from edgetune.costs import Costs, costs_of, planned_again, unrestrained
 from edgetune.data import Augment, Dataset, batches
-from edgetune.errors import DivergedError, PlanError, Refusal, RunError
+from edgetune.errors import DivergedError, ModelError, PlanError, Refusal, RunError
+from edgetune.frozen import Front, has_front, install, integer_front, remove, restore
 from edgetune.graph import evaluating
 from edgetune.loop import Leg, Position, Progress, Silent
 from edgetune.run import (
+    FROZEN,
     PLAN,
     RUN,
     WEIGHTS,
@@ -31,6 +35,7 @@ from edgetune.run import (
     Plain,
     Run,
     Settings,
+    State,
     build,
     check_same,
     device_of,
@@ -46,6 +51,8 @@ from edgetune.run import (
 )
 
 PLANNED, PLAIN = "planned.checkpoint", "plain.checkpoint"
+CALIBRATED_ON = 256
+"""Training pictures, or a few more, that the ranges of an integer part are taken from."""
 
 OnFinish = Callable[[Path, Run], None]
 
@@ -67,6 +74,7 @@ def train(
     augment: Augment | bool | None = True,
     baseline: bool = False,
     cache: Cache | None = None,
+    frozen_bits: Literal[8] | None = None,
     model_name: str = "",
     model_options: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
@@ -79,21 +87,24 @@ def train(
 
     `augment` is True for the data's own views, False or None for none; `baseline` also trains a copy by plain
     full back-propagation, to compare; `cache` keeps what the frozen part gives (without one, as ever, all of the
-    network runs in every epoch). `model_name`, `model_options`, `weights` and `data_options` (what
-    `load_data` was given) are written down so that the run can be loaded and resumed by itself;
-    `costs` are measured unless given; `on_finish(out, run)` is called at the end, to write reports.
+    network runs in every epoch). With `frozen_bits` the frozen part becomes an integer network, in training and
+    ever after, and its float weights are let go of (`edgetune.frozen`). `model_name`, `model_options`, `weights`
+    and `data_options` (what `load_data` was given) are written down so that the run can be loaded and resumed by
+    itself; `costs` are measured unless given; `on_finish(out, run)` is called at the end, to write reports.
     Raises Interrupted after Ctrl-C, DivergedError when the loss is no number, PlanError or Refusal when the
     plan does not fit, RunError when `out` cannot be used.
     """
     settings = _settings(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, momentum=momentum,
         weight_decay=weight_decay, warm_up=warm_up, clip_norm=clip_norm, seed=seed, baseline=baseline,
-        cache=cache, augment=data.augment if augment is True else augment or None,
+        cache=cache, frozen_bits=frozen_bits, augment=data.augment if augment is True else augment or None,
     )  # fmt: skip
     folder = Path(out)
-    _refuse(folder, plan)
+    _refuse(folder, model, plan)
     before = evaluate(model, data.val, len(data.classes), batch_size).accuracy
-    costs = costs or costs_of(model, plan, *_first_batch(data, model, settings), plain_measured=baseline)
+    front = None if frozen_bits is None else integer_front(model, plan, _to_calibrate(data, model, settings))
+    batch = _first_batch(data, model, settings)
+    costs = costs or costs_of(model, plan, *batch, plain_measured=baseline)
     origin = None if weights is None else str(weights)
     run = Run(
         status="running",
@@ -108,18 +119,13 @@ def train(
         accuracy_before=before,
         plain=Plain() if baseline else None,
         costs=costs,
+        frozen=None if front is None else front.part,
     )
     job = _Job(folder, run, plan, data, model, progress or Silent(), on_finish)
-    undo = apply(model, plan)
-    try:
-        job.begin()
-    except BaseException:
-        undo()
-        raise
-    return job.finish(undo)
+    return job.finish(job.begin(front, batch))
 
 
-def _refuse(folder: Path, plan: Plan) -> None:
+def _refuse(folder: Path, model: nn.Module, plan: Plan) -> None:
     if (folder / RUN).exists():
         raise RunError(
             f"'{folder}' holds a run already: choose another folder with --out, "
@@ -127,6 +133,9 @@ def _refuse(folder: Path, plan: Plan) -> None:
         )
     if not plan.learned():
         raise PlanError("the plan lets nothing learn: list at least the classifier in `learns`")
+    if has_front(model):
+        raise ModelError("the network has a frozen part in integers from a training before: build it anew, and load "
+                         "float weights")
 
 
 def _reference(data: Dataset, **options: Any) -> DataRef:
@@ -160,8 +169,9 @@ def resume(
     if data is None:
         data = open_data(run)
     check_same(run, data)
+    front = restore(model, folder / FROZEN, run.frozen)
     job = _Job(folder, run, plan, data, model, progress or Silent(), on_finish)
-    return job.finish(apply(model, plan))
+    return job.finish(apply(model, plan if front is None else front.left_over(plan)))
 
 
 _OVER = {
@@ -173,6 +183,12 @@ _OVER = {
 def _first_batch(data: Dataset, model: nn.Module, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     x, y = next(batches(data.train, settings.batch_size, seed=settings.seed, settings=settings.augment))
     return x.to(device_of(model)), y.to(device_of(model))
+
+
+def _to_calibrate(data: Dataset, model: nn.Module, settings: Settings) -> list[torch.Tensor]:
+    """Training pictures as they are first seen, in batches x (n c h w)."""
+    seen = batches(data.train, settings.batch_size, seed=settings.seed, settings=settings.augment)
+    return [x.to(device_of(model)) for x, _ in islice(seen, -(-CALIBRATED_ON // settings.batch_size))]
 
 
 def _settings(**given: Any) -> Settings:
@@ -201,15 +217,40 @@ class _Job:
         self.run = self.run.model_copy(update=changes)
         self.run.save(self.folder / RUN)
 
-    def begin(self) -> None:
-        """Write the folder as it is before the first step; run.json comes last, so where it is, all is."""
+    def begin(self, front: Front | None, batch: tuple[torch.Tensor, torch.Tensor]) -> Undo:
+        """Make the model train as planned, and write the folder as it is before the first step.
+
+        Returns what takes the plan off the model. Where anything fails the model is as it was.
+        """
+        floats, plan = self.model.state_dict(), self.plan
+        with ExitStack() as back:
+            if front is not None:
+                plan = front.left_over(plan)
+                install(self.model, front)
+                back.callback(self._float_again, floats)
+                if self.run.costs is not None:
+                    costs = planned_again(self.run.costs, self.model, plan, *batch)
+                    self.run = self.run.model_copy(update={"costs": costs})
+            undo = apply(self.model, plan)
+            back.callback(undo)
+            self._write_first(front, floats)
+            back.pop_all()
+        return undo
+
+    def _write_first(self, front: Front | None, floats: State) -> None:
+        """run.json comes last, so where it is, all is."""
         self.plan.save(self.folder / PLAN)
+        if front is not None:
+            front.save(self.folder / FROZEN)
         state, start = self.model.state_dict(), Position().model_dump_json()
-        first = {f"model/{name}": tensor for name, tensor in state.items()}
         write_tensors(self.folder / WEIGHTS, state)
-        for checkpoint in (PLANNED, *([PLAIN] if self.run.plain else [])):
-            write_tensors(self.folder / checkpoint, first, start)
+        for checkpoint, first in ((PLANNED, state), *([(PLAIN, floats)] if self.run.plain else [])):
+            write_tensors(self.folder / checkpoint, {f"model/{name}": t for name, t in first.items()}, start)
         self.note()
+
+    def _float_again(self, floats: State) -> None:
+        remove(self.model)
+        self.model.load_state_dict(floats)
 
     def finish(self, undo: Undo) -> Run:
         """Train both networks from their checkpoints to the end; `undo` takes the plan off the model."""
@@ -307,7 +348,10 @@ class _Job:
         def saved(at: Position) -> None:
             self.note(plain=plain.model_copy(update={"epochs": at.epochs}))
 
-        leg = self._leg(unrestrained(copy.deepcopy(self.model)), PLAIN, saved)
+        model = copy.deepcopy(self.model)
+        if has_front(model):
+            remove(model)
+        leg = self._leg(unrestrained(model), PLAIN, saved)
         try:
             leg.run("plain back-propagation", self.progress)
             accuracy = leg.at.epochs[-1].val_accuracy

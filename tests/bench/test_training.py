@@ -12,11 +12,13 @@ from torch import nn
 
 from edgetune.bench import costs, training
 from edgetune.bench.adapt import step, trainee_of
-from edgetune.bench.arms import Arm, Trainee
+from edgetune.bench.arms import Arm, Prepare, Trainee, frozen_int8, last, planned, stock
 from edgetune.bench.cases import Bench
 from edgetune.bench.cells import CellStore, kept_for_backward
 from edgetune.bench.costs import macs
 from edgetune.bench.grid import GridOptions
+from edgetune.frozen import NAME
+from edgetune.methods.backward.exact import Exact
 from edgetune.quantize import QuantizedNetwork
 
 BENCH = Bench(training.DIGITS, "", quick=True)
@@ -162,3 +164,16 @@ def test_a_small_grid_trains_and_says_what_a_step_costs(
     assert int8["kept_bytes"] < int8["peak_bytes"] and int8["peak_bytes_baseline"] == plain["peak_bytes"]
     assert int8["method_ms"] > 0 and int8["baseline_ms"] > 0 and (int8["clock"], int8["threads"]) == ("cpu", 1)
     assert "method_ms" not in before
+
+
+@pytest.mark.parametrize("prepare", [stock(2), planned(last(2, Exact()))], ids=["stock", "planned"])
+def test_a_frozen_part_in_integers_trains_the_same_parameters(prepare: Prepare) -> None:
+    train = BENCH.photos().splits[0][0]
+    ours, theirs = (trainee_of(BENCH, Arm("x", p), train, 0) for p in (frozen_int8(prepare), prepare))
+    assert learned(ours).keys() == learned(theirs).keys() and hasattr(ours.model, NAME)
+    (x, y), losses = batch(), []
+    for trainee in (ours, theirs):
+        optimizer = trainee.optimizer(trainee.model, 0.01, 0.0, 0)
+        losses.append([step(trainee, optimizer, x, y, None)[0] for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+    assert losses[0][-1] < losses[0][0]

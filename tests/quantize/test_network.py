@@ -121,7 +121,8 @@ class TestGradients:
         tensors = [t.requires_grad_() for t in (x, weight, bias)]
         wanted = torch.autograd.grad(convolved(*tensors, layer, source, scale), tensors, gy)
         rule, (m, s) = ConvRule(layer, source), integer.fixed_point(scale)
-        params = {"weight": weight, "bias": bias, "scale": scale, "multiplier": m, "shift": s}
+        # both maps have one scale, so that the weight's is the whole
+        params = {"weight": weight, "bias": bias, "weight_scale": scale, "multiplier": m, "shift": s}
         needs = Needs((True,), frozenset({"weight", "bias"}))
         detached = {name: tensor.detach() for name, tensor in params.items()}
         (y,), kept = rule.forward(None, [x.detach()], detached, needs)

@@ -5,6 +5,7 @@ A new method is a new `Prepare`: a function from the network and pictures of it 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from edgetune.apply import apply
 from edgetune.contract import Method, Plan
 from edgetune.draft import last_layers
+from edgetune.frozen import front_of, install
 from edgetune.graph import Graph, trace
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
@@ -84,9 +86,9 @@ def stock(count: int | None = None, scales: bool = True) -> Prepare:
         learned = last_layers(trace(model, pictures[:BATCH]), count, Exact(), scales=scales).learned()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in learned)
-        for layer in model.modules():
-            if isinstance(layer, nn.Conv2d):  # the layout in which stock convolutions are faster
-                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        for parameter in model.parameters():
+            if parameter.dim() == 4:  # the layout in which stock convolutions are faster
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         return Trainee(model)
 
     return prepare
@@ -116,6 +118,20 @@ def chain(patch_px: int, taps: str = "mean", scales: bool = False, count: int | 
     method = PooledChain.model_validate({"patch_px": patch_px, "taps": taps})
     name = "pooled chain" + (", with scales" if scales else "")
     return Arm(name, planned(last(count, method, scales)), patch_px, taps)
+
+
+def frozen_int8(prepare: Prepare) -> Prepare:
+    """What `prepare` makes, with the part of it that is frozen in front of all that learns in integers.
+
+    `prepare` is asked twice: of a copy, which tells what is frozen, and of the network that has its integers. The
+    case has to train on photos, not on maps behind frozen blocks.
+    """
+
+    def prepared(model: nn.Module, pictures: torch.Tensor) -> Trainee:
+        install(model, front_of(prepare(copy.deepcopy(model), pictures).model, pictures.split(BATCH)))
+        return prepare(model, pictures)
+
+    return prepared
 
 
 def integers(count: int | None, scaled: bool, state: type[Held] = Rounded) -> Prepare:

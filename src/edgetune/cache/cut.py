@@ -6,7 +6,7 @@ learn, draw no random numbers, change no state and carry no hooks; it is cut whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from edgetune.errors import Refusal
-from edgetune.graph import carries_hooks, follow
+from edgetune.graph import carries_hooks, follow, rewritten
 from edgetune.meter import PRODUCTS
 from edgetune.route import compiled, routed_graph
 
@@ -55,10 +55,11 @@ class Cut:
     suffix: Callable[..., torch.Tensor]
 
 
-def find_cut(model: nn.Module, shape: Sequence[int]) -> Cut:
+def find_cut(model: nn.Module, shape: Sequence[int], share: float = SHARE) -> Cut:
     """Cut `model`, with its plan applied, for samples of `shape` (c h w) and for the mode that it is in.
 
-    In training it runs as planned and with gradients, in evaluation by its own forward.
+    In training it runs as planned and with gradients, in evaluation by its own forward. With a `share` of 0 the cut
+    is where a single value crosses, however little lies in front of it.
 
     Raises Refusal, naming the layer, where there is nothing in front of the cut that is worth keeping.
     """
@@ -69,7 +70,7 @@ def find_cut(model: nn.Module, shape: Sequence[int]) -> Cut:
     with _left_as_found(model, first.device):
         scout = _Scout(model, graph)
         scout.explore(x)
-        position = _position(scout)
+        position = _position(scout, share)
         cut = _cut(model, scout, position)
         _check_samples_apart(model, cut, x, other)
     return cut
@@ -82,7 +83,7 @@ def _graph(model: nn.Module) -> fx.Graph:
     routed = routed_graph(model)
     if routed is not None and model.training:
         return routed
-    strange = routed is None and "forward" in model.__dict__
+    strange = routed is None and "forward" in model.__dict__ and rewritten(model) is None
     graph, reasons = (None, {"": "its forward was replaced"}) if strange else follow(model)
     if graph is None:
         raise Refusal(type(model).__name__, f"cannot be followed ({reasons['']})", "train it without a cache")
@@ -160,7 +161,7 @@ def _value(node: fx.Node, out: Any) -> Value | None:
     return Value(node.name, tuple(out.shape[1:]), out.dtype, last)
 
 
-def _position(scout: _Scout) -> int:
+def _position(scout: _Scout, share: float) -> int:
     """In front of how many nodes the cut is. Raises Refusal where nothing is gained."""
     done, best, single = 0, (0, 0), (0, 0)
     for position, entry in enumerate(scout.seen, start=1):
@@ -173,7 +174,7 @@ def _position(scout: _Scout) -> int:
         best = (done, position)
         if len(values) == 1:
             single = (done, position)
-    macs, position = single if single[0] >= SHARE * best[0] else best
+    macs, position = single if single[0] >= share * best[0] else best
     if macs == 0:
         raise Refusal(scout.end_name, f"{scout.end}, and nothing worth keeping lies in front of it",
                       "let fewer layers learn, or train without a cache")
@@ -193,26 +194,33 @@ def _cut(model: nn.Module, scout: _Scout, position: int) -> Cut:
     front_nodes = {entry.node for entry in scout.seen[:position]}
     ends = [entry.node for entry in crossing]
     front = fx.Graph()
-    held = _copy(front, [n for n in nodes if n in front_nodes], {}, ends)
+    copy_nodes(front, [n for n in nodes if n in front_nodes], {}, ends)
     back = fx.Graph()
     inputs = {end: back.placeholder(end.name) for end in ends}
-    _copy(back, [n for n in nodes if n not in front_nodes], inputs, None)
+    copy_nodes(back, [n for n in nodes if n not in front_nodes], inputs, None)
     values = tuple(entry.value for entry in crossing if entry.value is not None)
     modules = [str(n.target) for n in front.nodes if n.op == "call_module"]
-    held |= {f"{name}.{inner}" for name in modules for inner in _state(model.get_submodule(name))}
     code = front.python_code("self").src + "".join(f"{name}: {model.get_submodule(name)}\n" for name in modules)
-    return Cut(values=values, layers=tuple(_layer(model, end) for end in ends), held=tuple(sorted(held)), code=code,
-               prefix=compiled(model, front), suffix=compiled(model, back))
+    return Cut(values=values, layers=tuple(_layer(model, end) for end in ends),
+               held=tuple(sorted(tensors_read(model, front.nodes))), code=code, prefix=compiled(model, front),
+               suffix=compiled(model, back))
 
 
-def _copy(into: fx.Graph, nodes: list[fx.Node], made: dict[fx.Node, fx.Node],
-          ends: list[fx.Node] | None) -> set[str]:
-    """Copy nodes, and what they read of the model; `ends` become the output. Gives the names of what is read."""
-    made, held = dict(made), set[str]()
+def tensors_read(model: nn.Module, nodes: Iterable[fx.Node]) -> set[str]:
+    """The qualified names of all tensors that nodes of a graph of `model` are, or read in their calls."""
+    nodes = list(nodes)
+    names = {str(node.target) for node in nodes if node.op == "get_attr"}
+    modules = {str(node.target) for node in nodes if node.op == "call_module"}
+    return names | {f"{name}.{inner}" for name in modules for inner in _state(model.get_submodule(name))}
+
+
+def copy_nodes(into: fx.Graph, nodes: list[fx.Node], made: dict[fx.Node, fx.Node],
+               ends: list[fx.Node] | None) -> None:
+    """Copy nodes, and what they read of the model; `ends` become the output."""
+    made = dict(made)
 
     def fetch(node: fx.Node) -> fx.Node:
         if node not in made:
-            held.add(str(node.target))
             made[node] = into.node_copy(node)
         return made[node]
 
@@ -221,7 +229,6 @@ def _copy(into: fx.Graph, nodes: list[fx.Node], made: dict[fx.Node, fx.Node],
     if ends is not None:
         into.output(tuple(made[end] for end in ends))
     into.lint()
-    return held
 
 
 def _check_samples_apart(model: nn.Module, cut: Cut, x: torch.Tensor, other: torch.Tensor) -> None:

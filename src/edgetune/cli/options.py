@@ -133,6 +133,15 @@ Last = Annotated[
         help=("How many of the last convolutions learn in the plan made by hand; all when left out."),
     ),
 ]
+FrozenBits = Annotated[
+    int | None,
+    typer.Option(
+        "--frozen-bits",
+        metavar="8",
+        show_default=False,
+        help=("Run what is in front of the first layer that learns in integers; a weight of it takes a byte."),
+    ),
+]
 Seed = Annotated[
     int,
     typer.Option("--seed", metavar="N", help=("Decides the order of pictures, their random views and the new head.")),
@@ -140,3 +149,12 @@ Seed = Annotated[
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="A folder that `edgetune train` left.", show_default=False)
 ]
+
+
+def checked_bits(asked: int | None) -> int | None:
+    """What --frozen-bits says. Raises RunError unless that is 8."""
+    from edgetune.errors import RunError
+
+    if asked not in (None, 8):
+        raise RunError(f"--frozen-bits cannot be {asked}: say 8, or leave it out to keep the frozen part in float")
+    return asked

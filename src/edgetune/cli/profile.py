@@ -15,6 +15,7 @@ from edgetune.cli.tables import cost_facts, cost_table
 EXAMPLES = (
     ("edgetune profile --model mobilenet_v2", "plain back-propagation through every layer, predicted"),
     ("edgetune profile --model mobilenet_v2 --plan plan.json --batch-size 8", "the same network by a plan"),
+    ("edgetune profile --model mobilenet_v2 --plan plan.json --frozen-bits 8", "with its frozen part in integers"),
     ("edgetune profile --model resnet18 --size 128 --measure --json -", "run it, too, for a program"),
 )
 
@@ -45,6 +46,7 @@ def profile(
     size: options.Size = None,
     classes: Classes = None,
     measure: Measure = False,
+    frozen_bits: options.FrozenBits = None,
     json: options.Json = None,
 ) -> None:
     """Tell what one training step costs, layer by layer: parameters, multiply-accumulates, bytes kept for backward.
@@ -65,6 +67,14 @@ def profile(
     x = torch.zeros(batch_size, *preprocess_for(model, size).shape)
     if given is None:
         unrestrained(network)
+    if options.checked_bits(frozen_bits) is not None:
+        from edgetune.frozen import install, integer_front
+
+        if given is None:
+            raise PlanError("--frozen-bits is for a plan that leaves the first layers frozen: name it with --plan")
+        front = integer_front(network, given, [x])  # what a step takes does not depend on the ranges
+        install(network, front)
+        given = front.left_over(given)
     predicted = predict(network, x, given)
     found = {"predicted": predicted}
     if measure:

@@ -33,6 +33,10 @@ EXAMPLES = (
         "edgetune train --model mobilenet_v2 --data photos --val-fraction 0.2 --last 4 --cache disk --cache-views 2",
         "only the last layers learn: what lies in front of them is computed twice a picture, and kept",
     ),
+    (
+        "edgetune train --model mobilenet_v2 --data photos --val-fraction 0.2 --last 4 --frozen-bits 8",
+        "the frozen layers in integers: their weights take a quarter of the room",
+    ),
     ("edgetune train --resume runs/mobilenet_v2-photos-1", "go on after an interruption"),
 )
 
@@ -111,6 +115,7 @@ def train(
     cache_size: caching.Size = None,
     cache_views: caching.Views = None,
     cache_folder: caching.Folder = None,
+    frozen_bits: options.FrozenBits = None,
     skip_bad_images: options.SkipBadImages = False,
     trust_pickle: options.TrustPickle = False,
     allow_partial: options.AllowPartial = False,
@@ -141,6 +146,7 @@ def train(
         "seed": seed,
         "baseline": baseline,
         "cache": caching.cache_asked(cache, cache_codec, cache_size, cache_views, cache_folder),
+        "frozen_bits": options.checked_bits(frozen_bits),
     }
     folder = _folder(out, order)
     _finish(folder, _train(order, wish, settings, folder), json)

@@ -12,7 +12,7 @@ from torch import nn
 
 from edgetune.errors import Refusal
 from edgetune.graph import Call, Graph, tensor_of
-from edgetune.recognise import MASKS
+from edgetune.recognise import INTEGERS, MASKS
 
 _COMPUTES = ("conv", "add", "mean", "subsample", "pad", "linear")
 _VANISHES = ("dropout", "identity", "flatten")
@@ -84,6 +84,8 @@ def _refuse(graph: Graph, call: Call) -> None:
     if call.in_place and any(call.inputs[0] in later.inputs for later in _after(graph, call)):
         raise Refusal(call.name, "changes in place what is read again later",
                       "write it out of place, `y = x + z` for `x += z`")
+    if call.kind == INTEGERS:
+        raise Refusal(call.name, "is in integers already", "quantize a network that was trained without --frozen-bits")
     if call.kind == "norm":
         raise Refusal(call.name, "does not stand behind a convolution that it alone reads",
                       "only such norms can be folded; move it, or leave the network in float")

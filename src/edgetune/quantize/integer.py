@@ -38,9 +38,9 @@ def quantize(x: torch.Tensor, how: Quantization) -> torch.Tensor:
     return (x / x.new_tensor(how.scale)).round().add(how.zero_point).clamp(INT8_LOW, INT8_HIGH)
 
 
-def dequantize(x: torch.Tensor, how: Quantization) -> torch.Tensor:
-    """scale * (x - zero point)."""
-    return (x - how.zero_point) * how.scale
+def dequantize(x: torch.Tensor, how: Quantization, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """scale * (x - zero point); x may be int8, and is then read as `dtype`."""
+    return ((x if x.is_floating_point() else x.to(dtype)) - how.zero_point) * how.scale
 
 
 def fixed_point(scales: torch.Tensor) -> FixedPoint:
@@ -77,12 +77,20 @@ def reach(weight: torch.Tensor, bias: torch.Tensor, zero_point: int) -> int:
     return int(by_filter.max())
 
 
+def fits_float32(weight: torch.Tensor, bias: torch.Tensor, zero_point: int) -> bool:
+    """Whether float32 carries every partial sum of the accumulator exactly."""
+    return reach(weight, bias, zero_point) < 2**24
+
+
 def accumulate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, zero_point: int,
-               geometry: ConvGeometry) -> torch.Tensor:
-    """A convolution's int32 accumulators: x (n c h w) integers in any type -> (n o h' w') in an exact float type."""
-    small = reach(weight, bias, zero_point) < 2**24
+               geometry: ConvGeometry, small: bool | None = None) -> torch.Tensor:
+    """A convolution's int32 accumulators: x (n c h w) integers in any type -> (n o h' w') in an exact float type.
+
+    `small` is what `fits_float32` says, where that is known already.
+    """
+    small = fits_float32(weight, bias, zero_point) if small is None else small
     carrier = torch.float32 if small and _float32_is_kept(x.device) else torch.float64
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         acc = convolve(x.to(carrier) - zero_point, weight.to(carrier), bias.to(carrier), geometry)
     # a no-op for sums; should a library transform its operands, this takes the error away
     return acc.round_()
@@ -91,13 +99,14 @@ def accumulate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, zero_p
 def _float32_is_kept(device: torch.device) -> bool:
     """Whether a float32 convolution on `device` multiplies in float32, and not in something shorter."""
     of_conv = getattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision", "none")
-    return device.type == "cpu" and of_conv in ("none", "ieee") and torch.get_float32_matmul_precision() == "highest"
+    cpu = device.type in ("cpu", "meta")  # meta foresees a CPU
+    return cpu and of_conv in ("none", "ieee") and torch.get_float32_matmul_precision() == "highest"
 
 
 def conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, zero_point: int, geometry: ConvGeometry,
-         by: FixedPoint) -> torch.Tensor:
+         by: FixedPoint, small: bool | None = None) -> torch.Tensor:
     """A convolution's result before zero point and clamp: int32 (n o h' w'). `by` is (1 o 1 1)."""
-    acc = accumulate(x, weight, bias, zero_point, geometry)
+    acc = accumulate(x, weight, bias, zero_point, geometry, small)
     return torch.cat([requantize(part.to(torch.int64), by).to(torch.int32) for part in _parts(acc)])
 
 

@@ -40,8 +40,9 @@ class QuantizedNetwork(nn.Module):
     """x (n c h w) float, preprocessed -> logits (n classes), computed in integers up to the float head.
 
     `learns` says which weights and biases learn; what it leaves out is frozen, and nothing is kept in front of the
-    first layer that learns. `state` is how a convolution's learning numbers are held between steps: `Rounded` (float)
-    or `Stepped` (int8). Raises PlanError for layers or roles that are not there.
+    first layer that learns. Where nothing learns, maps take a byte a value. `state` is how a convolution's learning
+    numbers are held between steps: `Rounded` (float) or `Stepped` (int8). Raises PlanError for layers or roles that
+    are not there.
     """
 
     def __init__(self, quantized: Quantized, learns: Learns | None = None, state: type[Held] = Rounded) -> None:
@@ -60,13 +61,17 @@ class QuantizedNetwork(nn.Module):
         if x.shape[1:] != self.graph.input_shape[1:]:
             raise ModelError(f"the network is quantized for pictures {self.graph.input_shape[1:]} and was given "
                              f"{tuple(x.shape[1:])}: resize them, or quantize for that size")
-        maps = {INPUT: integer.quantize(x.detach(), self.graph.input)}
+        picture = integer.quantize(x.detach(), self.graph.input)
+        # autograd wants floats; where nothing learns, a byte a value is enough
+        maps = {INPUT: picture if any(p.requires_grad for p in self.parameters()) else picture.to(torch.int8)}
         for layer, step, over in zip(self.graph.layers, self.steps, self.over, strict=True):
             maps[layer.name] = step(*(maps[name] for name in layer.sources))
             for name in over:
                 del maps[name]
         last = self.graph.layers[-1]
-        return maps[last.name] if isinstance(last, Linear) else integer.dequantize(maps[last.name], last.out)
+        if isinstance(last, Linear):
+            return maps[last.name]
+        return integer.dequantize(maps[last.name], last.out, x.dtype)
 
     def convs(self) -> Iterator[QuantizedConv]:
         """The modules of the convolutions, in order."""
@@ -103,7 +108,6 @@ def last_read(graph: QuantizedGraph) -> tuple[frozenset[str], ...]:
 class QuantizedConv(nn.Module):
     """One integer convolution; `weight_scale` and `input_scale` say what its integers mean."""
 
-    scale: torch.Tensor
     multiplier: torch.Tensor
     shift: torch.Tensor
     weight_scale: torch.Tensor
@@ -114,16 +118,18 @@ class QuantizedConv(nn.Module):
         self.input_scale = sources[0].scale
         self.weight = (state if "weight" in learns else Held)(tensors["weight"], WEIGHT_LIMIT)
         self.bias = (state if "bias" in learns else Held)(tensors["bias"], BIAS_LIMIT)
-        scale = sources[0].scale * tensors["weight_scale"] / layer.out.scale
-        multiplier, shift = integer.fixed_point(scale)
-        for name, buffer in (("weight_scale", tensors["weight_scale"].clone()), ("scale", scale),
-                             ("multiplier", multiplier), ("shift", shift)):
-            self.register_buffer(name, buffer, persistent=False)
+        self.register_buffer("weight_scale", tensors["weight_scale"].clone(), persistent=False)
+        multiplier, shift = integer.fixed_point(self.input_scale * self.weight_scale / layer.out.scale)
+        self.register_buffer("multiplier", multiplier.to(torch.int32), persistent=False)
+        self.register_buffer("shift", shift.to(torch.int8), persistent=False)
         params = tuple({**self.weight.operands("weight"), **self.bias.operands("bias"), **self._scales()})
-        self.run = _runner(ConvRule(layer, sources[0]), layer, params)
+        small = None
+        if not learns:
+            small = integer.fits_float32(tensors["weight"], tensors["bias"], sources[0].zero_point)
+        self.run = _runner(ConvRule(layer, sources[0], small), layer, params)
 
     def _scales(self) -> dict[str, torch.Tensor]:
-        return {"scale": self.scale, "multiplier": self.multiplier, "shift": self.shift}
+        return {"weight_scale": self.weight_scale, "multiplier": self.multiplier, "shift": self.shift}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.run(x, *self.weight.operands("weight").values(), *self.bias.operands("bias").values(),
@@ -174,7 +180,7 @@ class Head(nn.Module):
         self.bias = nn.Parameter(tensors["bias"].clone(), requires_grad="bias" in learns)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(integer.dequantize(x, self.source).flatten(1), self.weight, self.bias)
+        return F.linear(integer.dequantize(x, self.source, self.weight.dtype).flatten(1), self.weight, self.bias)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the record holds of this layer."""

@@ -11,6 +11,7 @@ are not stored. One safetensors file holds both, with the header as JSON among i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +176,13 @@ class Quantized:
             if limit > BIAS_LIMIT or taps * WEIGHT_LIMIT * 255 + BIAS_LIMIT >= 2**31 - 128:
                 raise ModelError(f"layer '{layer.name}' can leave a 32-bit accumulator ({taps} taps, bias up to "
                                  f"{limit}): split the layer, or leave the network in float")
+
+    def digest(self) -> str:
+        """A short hash of header and tensors."""
+        told = hashlib.sha256(self.graph.model_dump_json().encode())
+        for key in sorted(self.tensors):
+            told.update(self.tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return told.hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""

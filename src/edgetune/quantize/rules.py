@@ -48,15 +48,19 @@ def whole(params: Tensors, role: str, limit: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ConvRule:
-    """An integer convolution; parameters `weight`, `bias`, and `scale`, `multiplier`, `shift` by output channel."""
+    """An integer convolution; parameters `weight`, `bias`, and by output channel `weight_scale`, `multiplier`, `shift`.
+
+    `small` is what `integer.fits_float32` says of integers that never change; None where it has to be asked.
+    """
 
     layer: Conv
     source: Quantization
+    small: bool | None = None
 
     def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors, needs: Needs) -> Forward:
-        x, by = xs[0], (per_channel(params["multiplier"]), per_channel(params["shift"]))
+        x, by = xs[0], (per_channel(params["multiplier"]).long(), per_channel(params["shift"]).long())
         weight, bias = whole(params, "weight", WEIGHT_LIMIT), whole(params, "bias", BIAS_LIMIT)
-        before = integer.conv(x, weight, bias, self.source.zero_point, self.layer.geometry, by)
+        before = integer.conv(x, weight, bias, self.source.zero_point, self.layer.geometry, by, self.small)
         before += self.layer.out.zero_point
         kept = {}
         if needs.inputs[0] or needs.params:
@@ -70,7 +74,8 @@ class ConvRule:
         gy = gys[0]
         if gy is None:
             return (None,), {}
-        g = through(gy, kept["mask"]) * per_channel(params["scale"].to(gy.dtype))
+        scale = self.source.scale * params["weight_scale"] / self.layer.out.scale
+        g = through(gy, kept["mask"]) * per_channel(scale.to(gy.dtype))
         grads: dict[str, torch.Tensor] = {}
         if "bias" in needs.params:
             grads["bias"] = g.sum((0, 2, 3)).to(params["bias"].dtype)

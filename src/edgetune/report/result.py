@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from edgetune.cache import CacheUse
 from edgetune.costs import Costs
+from edgetune.frozen import FrozenPart
 from edgetune.profile import Cost
 from edgetune.run import Run
 from edgetune.units import format_bytes, format_ms
@@ -41,7 +42,14 @@ def result_lines(run: Run) -> list[Line]:
         Line("accuracy after", percent(run.accuracy_after), plain_accuracy(run)),
     ]
     lines += [] if run.costs is None else cost_lines(run.costs)
+    lines += [] if run.frozen is None else [frozen_line(run.frozen)]
     return lines if run.cached is None else [*lines, *cache_lines(run.cached)]
+
+
+def frozen_line(part: FrozenPart) -> Line:
+    """What the frozen part takes in integers, and what it took."""
+    sizes = f"{format_bytes(part.integer_bytes)} for {format_bytes(part.float_bytes)}"
+    return Line("frozen part in int8", f"{sizes}, up to {part.layer}")
 
 
 def cache_lines(use: CacheUse) -> list[Line]:

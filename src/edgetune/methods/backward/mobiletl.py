@@ -23,7 +23,8 @@ What changes in the gradient or the answer
 When not to use
     One bit through many hard-swish layers loses the direction of the gradient: take two. Where the inputs of
     convolutions are too much to keep, use pooled_chain, alone or in front. Running statistics stay frozen, those of
-    the last norms too, and frozen weights stay in the precision that they have.
+    the last norms too. The published 8-bit frozen blocks are no part of the method, but of training by any plan
+    (`edgetune train --frozen-bits 8`); hard-swish in front of what learns has no integer step.
 
 Reference
     Chiang et al., "MobileTL: On-Device Transfer Learning with Inverted Residual Blocks", AAAI 2023; the two-bit slope
