@@ -66,7 +66,7 @@ def requantize(acc: torch.Tensor, by: FixedPoint) -> torch.Tensor:
     multiplier, shift = by
     high = acc.mul(multiplier).add_(1 << 30).bitwise_right_shift_(31)
     # an arithmetic shift rounds halves up; one less below zero sends them away from it
-    less = (high < 0).logical_and_(shift > 0).long()
+    less = high.bitwise_right_shift(63).bitwise_and_((shift > 0).long())
     return high.add_((1 << shift) >> 1).sub_(less).bitwise_right_shift_(shift)
 
 
