@@ -194,6 +194,7 @@ TABLES = {
             "kept": size("kept_bytes"),
             "peak": size("peak_bytes"),
             "MACs back": macs("backward_macs"),
+            "moved": size("moved_bytes"),
             "step": number("method_ms", 1, " ms"),
             "to plain's": number("speedup", 2, "x"),
             "runs": text("seeds"),

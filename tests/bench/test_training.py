@@ -140,9 +140,7 @@ def test_products_are_counted_as_by_hand() -> None:
     assert macs(model, x, y) == (conv1 + conv2 + head, conv2 + 2 * head)
 
 
-def test_a_small_grid_trains_and_says_what_a_step_costs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_grid_trains_and_says_what_a_step_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(training.DIGITS, epochs=2, rates=(0.003,))
     arms: tuple[Arm, ...] = (training.plain(None), training.BEFORE, replace(training.int8(None)[-1], rate_of=None))
 

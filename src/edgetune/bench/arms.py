@@ -21,6 +21,7 @@ from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.quantize import QuantizedNetwork, Rounded, Stepped, StochasticSGD, quantize, scale_gradients
 from edgetune.quantize import last_layers as last_integers
 from edgetune.quantize.weights import Held
+from edgetune.sparse.scheme import place_windows, released_schemes, sparse_plan
 
 BATCH = 32
 
@@ -130,5 +131,18 @@ def integers(count: int | None, scaled: bool, state: type[Held] = Rounded) -> Pr
         network = QuantizedNetwork(record, learns, state)
         optimizer = _stochastic_sgd if state is Stepped else _sgd
         return Trainee(network, scale_gradients if scaled else _leave, optimizer)
+
+    return prepare
+
+
+def scheme(name: str) -> Prepare:
+    """A published sparse update (see `edgetune.sparse`), counted from the end: what it learns may be all there is."""
+
+    def prepare(model: nn.Module, pictures: torch.Tensor) -> Trainee:
+        graph, published = trace(model, pictures[:BATCH]), released_schemes()[name]
+        skipped = published.convolutions - len(graph.layers("conv"))
+        ratios = {index - skipped: ratio for index, ratio in published.ratios.items()}
+        apply(model, place_windows(model, graph, sparse_plan(graph, published.biases, ratios)), graph)
+        return Trainee(model)
 
     return prepare
