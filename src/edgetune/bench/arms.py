@@ -34,7 +34,7 @@ def _stochastic_sgd(model: nn.Module, rate: float, momentum: float, seed: int) -
     return StochasticSGD(model, lr=rate, momentum=momentum, seed=seed)
 
 
-def _leave(model: Any) -> None:
+def leave(model: Any) -> None:
     """Gradients as they are."""
 
 
@@ -43,7 +43,7 @@ class Trainee:
     """A network that is ready to train: `rescale` comes after backward, `optimizer` takes (rate, momentum, seed)."""
 
     model: nn.Module
-    rescale: Callable[[Any], None] = _leave
+    rescale: Callable[[Any], None] = leave
     optimizer: Callable[[nn.Module, float, float, int], torch.optim.Optimizer] = _sgd
 
 
@@ -119,10 +119,12 @@ def chain(patch_px: int, taps: str = "mean", scales: bool = False, count: int | 
     return Arm(name, planned(last(count, method, scales)), patch_px, taps)
 
 
-def integers(count: int | None, scaled: bool, state: type[Held] = Rounded) -> Prepare:
+def integers(
+    count: int | None, rescale: Callable[[Any], None] = scale_gradients, state: type[Held] = Rounded
+) -> Prepare:
     """The int8 network; weights and biases of its last `count` convolutions (None: all) and the head learn.
 
-    `scaled` is quantization-aware scaling, `state` how weights are held between steps.
+    `rescale` is what quantization-aware scaling does, `state` how weights are held between steps.
     """
 
     def prepare(model: nn.Module, pictures: torch.Tensor) -> Trainee:
@@ -130,7 +132,7 @@ def integers(count: int | None, scaled: bool, state: type[Held] = Rounded) -> Pr
         learns = last_integers(record.graph, len(record.graph.convs) if count is None else count)
         network = QuantizedNetwork(record, learns, state)
         optimizer = _stochastic_sgd if state is Stepped else _sgd
-        return Trainee(network, scale_gradients if scaled else _leave, optimizer)
+        return Trainee(network, rescale, optimizer)
 
     return prepare
 

@@ -4,8 +4,8 @@ Three seeds on digits and CIFAR-10, five folds on flowers5. The head learns ever
 at hand have been taught CIFAR-10 before (`bench.pretrain`). Every arm is trained by SGD without momentum and without
 clipping, so that nothing but the network and its gradients has to be held. Each has a learning rate of its own,
 chosen among some around where it learns at all, because blurred gradients, a head alone and integers have each their
-own scale; "exact", "MobileTL", "last ..." and "sparse ..." take plain's, and the int8 state that of the rounded
-floats. A rate counts by the worst of three seeds.
+own scale; "exact", "MobileTL", "last ...", "sparse ..." and "... and gains" take plain's, and "int8 state with QAS"
+that of the rounded floats. A rate counts by the worst of three seeds.
 
 "plain" is stock autograd with norms in eval, all that the case lets learn: weights, norm scales and norm shifts.
 "exact" and "pooled chain" learn weights and shifts, and those "with scales" the scales too.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from edgetune.bench.adapt import adapt
-from edgetune.bench.arms import Arm, chain, integers, last, planned, scheme, stock
+from edgetune.bench.arms import Arm, chain, integers, last, leave, planned, scheme, stock
 from edgetune.bench.cases import DIGITS_NET, IMAGENET_V2, RESNET20, RESNET20_JPEG, Bench, Case, Recipe, pupil
 from edgetune.bench.cells import Line
 from edgetune.bench.costs import CLOCK, kept_of_whole, step_costs
@@ -28,7 +28,7 @@ from edgetune.bench.grid import PLAIN, Grid, GridOptions
 from edgetune.bench.photos import Split, drifted_cifar, flowers
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.mobiletl import MobileTL, last_blocks
-from edgetune.quantize import Stepped
+from edgetune.quantize import Stepped, scale_gradients
 
 
 class Options(GridOptions):
@@ -103,26 +103,39 @@ def sparse(name: str) -> Arm:
 
 
 def int8(count: int | None) -> tuple[Arm, ...]:
-    """Integer networks: weights as rounded floats without and with scaling, and as int8 themselves."""
-    scaled = Arm("int8 with QAS", integers(count, scaled=True), rates=SCALED_RATES)
+    """Integer networks whose steps are those of the float network, at its rate: rounded floats, and int8 themselves."""
     return (
-        Arm("int8 without QAS", integers(count, scaled=False), rates=UNSCALED_RATES),
+        Arm("int8 with QAS and gains", integers(count)),
+        Arm("int8 state with QAS and gains", integers(count, state=Stepped)),
+    )
+
+
+def int8_published(count: int | None) -> tuple[Arm, ...]:
+    """Integer networks without scaling and with the published one, at rates of their own."""
+    published = partial(scale_gradients, gains=False)
+    scaled = Arm("int8 with QAS", integers(count, published), rates=SCALED_RATES)
+    return (
+        Arm("int8 without QAS", integers(count, leave), rates=UNSCALED_RATES),
         scaled,
         # the same gradients on the same integers: only how a step is rounded differs
-        Arm("int8 state with QAS", integers(count, scaled=True, state=Stepped), rate_of=scaled),
+        Arm("int8 state with QAS", integers(count, published, Stepped), rate_of=scaled),
     )
 
 
 ROWS: tuple[tuple[Case, Arm], ...] = (
-    *((DIGITS, arm) for arm in (plain(None), BEFORE, HEAD, *int8(None), *chains(None), exact(None))),
-    (DIGITS, exact(None, scales=True)),
-    *((CIFAR, arm) for arm in (plain(6), BEFORE, *int8(6), HEAD, *chains(6), exact(6), exact(6, scales=True))),
+    *((DIGITS, arm) for arm in (plain(None), BEFORE, HEAD, *int8_published(None), *chains(None), exact(None))),
+    *((DIGITS, arm) for arm in (exact(None, scales=True), *int8(None))),
+    *(
+        (CIFAR, arm)
+        for arm in (plain(6), BEFORE, *int8_published(6), HEAD, *chains(6), exact(6), exact(6, scales=True))
+    ),
+    *((CIFAR, arm) for arm in int8(6)),
     # the last three inverted residual blocks and the convolution behind them: ten convolutions
     *((FLOWERS, arm) for arm in (plain(10), mobiletl(3), HEAD, *chains(10)[:2], exact(10))),
     *((SPARSE, arm) for arm in (plain(25), HEAD)),
     *((SPARSE, replace(exact(count), method=f"last {count}")) for count in (2, 4, 6, 9, 12)),
     *((SPARSE, sparse(f"mobilenet_v2_0.35-{size}KB")) for size in (49, 73, 99)),
-    *((JPEG, arm) for arm in (plain(6), BEFORE, HEAD, *int8(6), *chains(6)[:2], exact(6))),
+    *((JPEG, arm) for arm in (plain(6), BEFORE, HEAD, *int8(6), *int8_published(6)[:2], *chains(6)[:2], exact(6))),
     *((V3, arm) for arm in (plain(21), BEFORE, HEAD, *bits(4), *chains(21)[:2], exact(21))),
     *((MCUNET, arm) for arm in (plain(12), BEFORE, HEAD, *int8(12), sparse("mcunet-99KB"), *chains(12)[:2], exact(12))),
     *((RESNET18, arm) for arm in (plain(4), BEFORE, HEAD, *int8(4), *chains(4)[:2], exact(4))),

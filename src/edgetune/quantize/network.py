@@ -107,6 +107,7 @@ class QuantizedConv(nn.Module):
     multiplier: torch.Tensor
     shift: torch.Tensor
     weight_scale: torch.Tensor
+    gain: torch.Tensor
 
     def __init__(self, layer: Conv, sources: tuple[Quantization, ...], tensors: dict[str, torch.Tensor],
                  learns: tuple[str, ...], state: type[Held]) -> None:
@@ -116,8 +117,8 @@ class QuantizedConv(nn.Module):
         self.bias = (state if "bias" in learns else Held)(tensors["bias"], BIAS_LIMIT)
         scale = sources[0].scale * tensors["weight_scale"] / layer.out.scale
         multiplier, shift = integer.fixed_point(scale)
-        for name, buffer in (("weight_scale", tensors["weight_scale"].clone()), ("scale", scale),
-                             ("multiplier", multiplier), ("shift", shift)):
+        for name, buffer in (("weight_scale", tensors["weight_scale"].clone()), ("gain", tensors["gain"].clone()),
+                             ("scale", scale), ("multiplier", multiplier), ("shift", shift)):
             self.register_buffer(name, buffer, persistent=False)
         params = tuple({**self.weight.operands("weight"), **self.bias.operands("bias"), **self._scales()})
         self.run = _runner(ConvRule(layer, sources[0]), layer, params)
@@ -133,7 +134,7 @@ class QuantizedConv(nn.Module):
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the record holds of this layer."""
         return {"weight": self.weight.integers(), "bias": self.bias.integers(),
-                "weight_scale": self.weight_scale.clone()}
+                "weight_scale": self.weight_scale.clone(), "gain": self.gain.clone()}
 
 
 class Joined(nn.Module):
