@@ -71,10 +71,9 @@ def _shipped(data: Path) -> Path:
     return path
 
 
-def pupil(network: str, size: int, photos: Callable[..., Photos], fresh_head: bool = False) -> Start:
-    """A network that was taught CIFAR-10 at `size` px (see `bench.pretrain`)."""
-    lesson = Lesson(network=network, size=size)
-    return Start(network, lambda data: taught(lesson, data), photos, classes=10, fresh_head=fresh_head, crop=1.0)
+def pupil(lesson: Lesson, photos: Callable[..., Photos], fresh_head: bool = False) -> Start:
+    """A network that was taught CIFAR-10 (see `bench.pretrain`)."""
+    return Start(lesson.network, lambda data: taught(lesson, data), photos, classes=10, fresh_head=fresh_head, crop=1.0)
 
 
 IMAGENET_V2 = Start(

@@ -36,15 +36,20 @@ class Cycle(Record):
     frozen: bool
 
 
+def cycles(free: int, frozen: int) -> tuple[Cycle, ...]:
+    """So many epochs with norms that follow their batches, and then with frozen ones."""
+    return (
+        Cycle(epochs=free, peak_rate=0.1, frozen=False),
+        Cycle(epochs=frozen, peak_rate=0.02, frozen=True),
+    )
+
+
 class Lesson(Record):
     """What a network is taught with: pictures of `size` px, in cycles one after the other."""
 
     network: str
     size: int
-    cycles: tuple[Cycle, ...] = (
-        Cycle(epochs=8, peak_rate=0.1, frozen=False),
-        Cycle(epochs=3, peak_rate=0.02, frozen=True),
-    )
+    cycles: tuple[Cycle, ...] = cycles(4, 2)
 
     @property
     def preprocess(self) -> Preprocess:

@@ -26,6 +26,7 @@ from edgetune.bench.cells import Line
 from edgetune.bench.costs import CLOCK, kept_of_whole, step_costs
 from edgetune.bench.grid import PLAIN, Grid, GridOptions
 from edgetune.bench.photos import Split, drifted_cifar, flowers
+from edgetune.bench.pretrain import Lesson, cycles
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.mobiletl import MobileTL, last_blocks
 from edgetune.quantize import Stepped, scale_gradients
@@ -51,12 +52,24 @@ CIFAR = Case("resnet20@32 last 6", RESNET20, 32, 3, None, RATES, BARE)
 JPEG = Case("resnet20@32 last 6 undrifted", RESNET20_JPEG, 32, 3, None, RATES, BARE)
 FLOWERS = Case("mobilenet_v2@160 last 4 blocks", IMAGENET_V2, 160, 3, 15, RATES, BARE)
 V3 = Case(
-    "mobilenet_v3_small@64 last 4 blocks", pupil("mobilenet_v3_small", 64, drifted_cifar), 64, 3, None, RATES, BARE
+    "mobilenet_v3_small@64 last 4 blocks",
+    pupil(Lesson(network="mobilenet_v3_small", size=64), drifted_cifar),
+    *(64, 3, None, RATES, BARE),
 )
-MCUNET = Case("mcunet@64 last 4 blocks", pupil("mcunet", 64, drifted_cifar), 64, 3, None, RATES, BARE)
-RESNET18 = Case("resnet18@32 last 4", pupil("resnet18", 32, drifted_cifar), 32, 3, None, RATES, BARE)
+MCUNET = Case(
+    "mcunet@64 last 4 blocks",
+    pupil(Lesson(network="mcunet", size=64), drifted_cifar),
+    *(64, 3, None, RATES, BARE),
+)
+RESNET18 = Case(
+    "resnet18@32 last 4",
+    pupil(Lesson(network="resnet18", size=32), drifted_cifar),
+    *(32, 3, None, RATES, BARE),
+)
 SPARSE = Case(
-    "mobilenet_v2_0.35@128 last 25", pupil("mobilenet_v2_0.35", 64, flowers, fresh_head=True), 128, 5, 10, RATES, BARE
+    "mobilenet_v2_0.35@128 last 25",
+    pupil(Lesson(network="mobilenet_v2_0.35", size=64, cycles=cycles(8, 3)), flowers, fresh_head=True),
+    *(128, 5, 10, RATES, BARE),
 )
 """The last 25 convolutions are what the published 99 KB scheme lets learn."""
 
@@ -135,10 +148,10 @@ ROWS: tuple[tuple[Case, Arm], ...] = (
     *((SPARSE, arm) for arm in (plain(25), HEAD)),
     *((SPARSE, replace(exact(count), method=f"last {count}")) for count in (2, 4, 6, 9, 12)),
     *((SPARSE, sparse(f"mobilenet_v2_0.35-{size}KB")) for size in (49, 73, 99)),
-    *((JPEG, arm) for arm in (plain(6), BEFORE, HEAD, *int8(6), *int8_published(6)[:2], *chains(6)[:2], exact(6))),
-    *((V3, arm) for arm in (plain(21), BEFORE, HEAD, *bits(4), *chains(21)[:2], exact(21))),
-    *((MCUNET, arm) for arm in (plain(12), BEFORE, HEAD, *int8(12), sparse("mcunet-99KB"), *chains(12)[:2], exact(12))),
-    *((RESNET18, arm) for arm in (plain(4), BEFORE, HEAD, *int8(4), *chains(4)[:2], exact(4))),
+    *((JPEG, arm) for arm in (plain(6), BEFORE, *int8(6), *chains(6)[:1], exact(6))),
+    *((V3, arm) for arm in (plain(21), BEFORE, HEAD, *bits(4), *chains(21)[:1], exact(21))),
+    *((MCUNET, arm) for arm in (plain(12), BEFORE, HEAD, *int8(12), sparse("mcunet-99KB"), *chains(12)[:1], exact(12))),
+    *((RESNET18, arm) for arm in (plain(4), BEFORE, HEAD, *int8(4), *chains(4)[:1], exact(4))),
 )
 """The default grid, the deciding rows first."""
 
