@@ -181,6 +181,21 @@ TABLES = {
             "runs": text("seeds"),
         },
     ),
+    "budgets": Table(
+        suite="budgets",
+        key=("case", "method", "patch_px", "taps"),
+        columns={
+            "network and memory": text("case"),
+            "plan": text("method"),
+            "patch": text("patch_px"),
+            "accuracy %": spread("accuracy_mean", "accuracy_sd"),
+            "to the planner's (95 %)": interval,
+            "peak": size("peak_bytes"),
+            "at a time": number("micro_batch", 0, ""),
+            "weights that learn": number("depth", 0, ""),
+            "runs": text("seeds"),
+        },
+    ),
     "training": Table(
         suite="training",
         key=("case", "method", "patch_px", "taps"),

@@ -40,15 +40,19 @@ def leave(model: Any) -> None:
 
 @dataclass(frozen=True)
 class Trainee:
-    """A network that is ready to train: `rescale` comes after backward, `optimizer` takes (rate, momentum, seed)."""
+    """A network that is ready to train: `rescale` comes after backward, `optimizer` takes (rate, momentum, seed).
+
+    `plan` is what was applied, where a bench asks for it.
+    """
 
     model: nn.Module
     rescale: Callable[[Any], None] = leave
     optimizer: Callable[[nn.Module, float, float, int], torch.optim.Optimizer] = _sgd
+    plan: Plan | None = None
 
 
-Prepare = Callable[[nn.Module, torch.Tensor], Trainee]
-"""From a pretrained network in eval mode and pictures x (n c h w) to trace and calibrate with."""
+Prepare = Callable[[nn.Module, torch.Tensor, torch.Tensor], Trainee]
+"""From a pretrained network in eval mode, with pictures x (n c h w) and labels y (n) to trace and calibrate with."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,8 @@ def stock(count: int | None = None, scales: bool = True) -> Prepare:
     Norms learn their scales only with `scales`.
     """
 
-    def prepare(model: nn.Module, pictures: torch.Tensor) -> Trainee:
-        learned = last_layers(trace(model, pictures[:BATCH]), count, Exact(), scales=scales).learned()
+    def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+        learned = last_layers(trace(model, x[:BATCH]), count, Exact(), scales=scales).learned()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in learned)
         for layer in model.modules():
@@ -96,8 +100,8 @@ def stock(count: int | None = None, scales: bool = True) -> Prepare:
 def planned(plan: Callable[[Graph], Plan]) -> Prepare:
     """By the plan that `plan` makes of the graph."""
 
-    def prepare(model: nn.Module, pictures: torch.Tensor) -> Trainee:
-        graph = trace(model, pictures[:BATCH])
+    def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+        graph = trace(model, x[:BATCH])
         apply(model, plan(graph), graph)
         return Trainee(model)
 
@@ -127,8 +131,8 @@ def integers(
     `rescale` is what quantization-aware scaling does, `state` how weights are held between steps.
     """
 
-    def prepare(model: nn.Module, pictures: torch.Tensor) -> Trainee:
-        record = quantize(model, pictures.split(BATCH))
+    def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+        record = quantize(model, x.split(BATCH))
         learns = last_integers(record.graph, len(record.graph.convs) if count is None else count)
         network = QuantizedNetwork(record, learns, state)
         optimizer = _stochastic_sgd if state is Stepped else _sgd
@@ -140,8 +144,8 @@ def integers(
 def scheme(name: str) -> Prepare:
     """A published sparse update (see `edgetune.sparse`), counted from the end: what it learns may be all there is."""
 
-    def prepare(model: nn.Module, pictures: torch.Tensor) -> Trainee:
-        graph, published = trace(model, pictures[:BATCH]), released_schemes()[name]
+    def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+        graph, published = trace(model, x[:BATCH]), released_schemes()[name]
         skipped = published.convolutions - len(graph.layers("conv"))
         ratios = {index - skipped: ratio for index, ratio in published.ratios.items()}
         apply(model, place_windows(model, graph, sparse_plan(graph, published.biases, ratios)), graph)

@@ -26,6 +26,7 @@ SUITES = {
     "cache": "epochs from cached features",
     "transfer": "accuracy after adapting",
     "training": "ways to train on a device side by side",
+    "budgets": "the planner beside single methods in the same memory",
 }
 RESULTS = Path("bench/results")
 SHOWN = (
