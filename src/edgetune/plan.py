@@ -28,6 +28,8 @@ MARGIN = 0.97
 """Share of the budget that a prediction may fill: predicted and measured peaks differ by less than the rest."""
 NEAR = 0.8
 """A larger micro-batch is taken where it gains at least this share of what the best one does."""
+ENOUGH = 0.9999
+"""Memory is not filled further where so much is gained of what could be with all the memory there is."""
 ROUNDS, TIMED_ROUNDS = 6, 4
 """How many plans are tried by a real step, at most: for its memory, for its time."""
 
@@ -144,8 +146,9 @@ class Planner:
 
     def fill(self, allowed_bytes: int | None, spare_ms: float | None, micro: int, timed: bool = False) -> Found:
         """Solve, predict the peak, and give back or take away until the memory is filled and never exceeded."""
-        if allowed_bytes is None:
-            return self.prospect.solve(None, spare_ms, micro, timed)
+        free = self.prospect.solve(None, spare_ms, micro, timed)
+        if allowed_bytes is None or self.prospect.predicted_peak(free.made, micro) <= allowed_bytes:
+            return free
         best = self.prospect.nothing(micro)
         capacity = allowed_bytes - self.prospect.predicted_peak(best.made, micro)
         for _ in range(ROUNDS):
@@ -155,9 +158,7 @@ class Planner:
             spare = allowed_bytes - self.prospect.predicted_peak(found.made, micro)
             if spare >= 0 and found.total.gain >= best.total.gain:
                 best = found
-            if 0 <= spare < 0.05 * allowed_bytes:
-                break
-            if spare >= 0 and found.made == self.prospect.solve(2 * capacity, spare_ms, micro, timed).made:
+            if 0 <= spare < 0.05 * allowed_bytes or (spare >= 0 and best.total.gain >= ENOUGH * free.total.gain):
                 break
             capacity += spare if spare >= 0 else int(1.05 * spare)
         return best

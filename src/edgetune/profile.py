@@ -83,10 +83,17 @@ def profile(model: nn.Module, sample: torch.Tensor, plan: Plan | None = None, *,
 
 def predicted_peak(model: nn.Module, sample: torch.Tensor, plan: Plan, graph: Graph, *,
                    optimizer_copies: int = 1) -> int:
-    """`profile(...).peak_bytes` alone, in half the time."""
+    """`profile(...).peak_bytes` alone."""
     with _shadowed(model, sample, plan, graph) as (shadow, _, x, device):
         peak = _simulated_peak(shadow, x, sample.shape[0], device)
         return _with_state(shadow, peak, optimizer_copies, x.shape[0] < sample.shape[0])
+
+
+def predicted_kept(model: nn.Module, sample: torch.Tensor, plan: Plan, graph: Graph) -> dict[str, int]:
+    """The kept bytes of `profile(...).layers` by name, alone."""
+    with _shadowed(model, sample, plan, graph) as (shadow, _, x, device):
+        accounts = keep_book(shadow, graph, x, _on_labels(None, F.cross_entropy), device)
+        return {name: account.kept_bytes for name, account in accounts.items()}
 
 
 def measured_peak(model: nn.Module, x: torch.Tensor, *, optimizer_copies: int = 1,

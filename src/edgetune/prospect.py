@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from edgetune.contract import Method, Plan
 from edgetune.draft import draft, last_layers
 from edgetune.graph import trace
 from edgetune.knapsack import Choice, best_choices, total_of
-from edgetune.profile import measured_ms, measured_peak, predicted_peak, profile
+from edgetune.profile import measured_ms, measured_peak, predicted_kept, predicted_peak
 from edgetune.stopwatch import Laps, Progress, layer_times, samples_for
 
 Picks = Sequence[int | None]
@@ -47,7 +47,9 @@ class Prospect:
         self.model, self.sample, self.methods, self.copies = model, sample, tuple(methods), optimizer_copies
         self.progress = progress
         self._laps: dict[int, dict[Method, dict[str, Laps]]] = {}
-        self._peaks: dict[str, int] = {}
+        self._peaks: dict[tuple[str, str], int] = {}
+        self._solved: dict[tuple[float | None, float | None, int, bool], Found] = {}
+        self._choices: dict[tuple[int, bool], list[list[Choice]]] = {}
         self.graph = trace(model, sample[:1]).model_copy(update={"input_shape": tuple(sample.shape)})
         self.convs = self.graph.layers("conv")
         whole = [last_layers(self.graph, None, method) for method in self.methods]
@@ -78,9 +80,13 @@ class Prospect:
 
         `timed`: tell its time even where that has no limit.
         """
-        choices = self.choices(micro, timed or capacity_ms is not None)
-        _, picked = best_choices(choices, capacity_bytes, capacity_ms)
-        return self.found(choices, picked, micro)
+        timed = timed or capacity_ms is not None
+        key = (capacity_bytes, capacity_ms, micro, timed)
+        if key not in self._solved:
+            choices = self.choices(micro, timed)
+            _, picked = best_choices(choices, capacity_bytes, capacity_ms)
+            self._solved[key] = self.found(choices, picked, micro)
+        return self._solved[key]
 
     def nothing(self, micro: int) -> Found:
         """Only the head learns."""
@@ -103,10 +109,12 @@ class Prospect:
 
     def choices(self, micro: int, timed: bool) -> list[list[Choice]]:
         """The choices of every convolution, input to output; with times of a whole step where `timed`."""
-        added = self._added_ms(micro) if timed else None
-        return [self._choices(index, micro, added) for index in range(len(self.convs))]
+        if (micro, timed) not in self._choices:
+            added = self._added_ms(micro) if timed else None
+            self._choices[micro, timed] = [self._choices_of(index, micro, added) for index in range(len(self.convs))]
+        return self._choices[micro, timed]
 
-    def _choices(self, index: int, micro: int, added: Added | None) -> list[Choice]:
+    def _choices_of(self, index: int, micro: int, added: Added | None) -> list[Choice]:
         call = self.convs[index]
         params = 4 * (1 + self.copies) * sum(math.prod(call.param_shapes[role]) for role in ("weight", "bias")
                                              if role in call.params)
@@ -149,8 +157,7 @@ class Prospect:
 
     def _kept(self, made: Plan) -> dict[str, tuple[int, int]]:
         """Bytes that one sample keeps at each convolution: (its own, those of the calls up to the next one)."""
-        cost = profile(self.model, self.sample[:1], made, optimizer_copies=0, graph=self.graph)
-        by_name = {layer.name: layer.kept_bytes for layer in cost.layers}
+        by_name = predicted_kept(self.model, self.sample[:1], made, self.graph)
         calls = {name: sum(call.name == name for call in self.graph.calls) for name in by_name}
         shares = self._by_conv({call.node: -(-by_name.get(call.name, 0) // max(calls.get(call.name, 1), 1))
                                 for call in self.graph.calls})
@@ -159,15 +166,19 @@ class Prospect:
     def predicted_peak(self, made: Plan, micro: int) -> int:
         """Training memory of a plan at its peak, bytes."""
         made = self.in_parts(made, micro)
-        key = made.model_dump_json()
-        if key not in self._peaks:
-            self._peaks[key] = predicted_peak(self.model, self.sample, made, self.graph, optimizer_copies=self.copies)
-        return self._peaks[key]
+        return self._once("predicted", made, lambda: predicted_peak(
+            self.model, self.sample, made, self.graph, optimizer_copies=self.copies))
 
     def measured_peak(self, made: Plan) -> int:
         """The same by a real step."""
-        return measured_peak(self._applied(made), self.sample, optimizer_copies=self.copies,
-                             micro_batch=made.micro_batch)
+        return self._once("measured", made, lambda: measured_peak(
+            self._applied(made), self.sample, optimizer_copies=self.copies, micro_batch=made.micro_batch))
+
+    def _once(self, origin: str, made: Plan, peak: Callable[[], int]) -> int:
+        key = origin, made.model_dump_json()
+        if key not in self._peaks:
+            self._peaks[key] = peak()
+        return self._peaks[key]
 
     def measured_ms(self, made: Plan) -> float:
         """How long a real step takes."""
