@@ -60,7 +60,7 @@ def _scale(conv: QuantizedConv) -> None:
     for held, factor in zip((conv.weight, conv.bias), factors(conv.weight_scale, conv.input_scale), strict=True):
         grad = next((p.grad for p in held.parameters()), None)
         if grad is not None:
-            grad.mul_(factor.to(grad.dtype).view(-1, *[1] * (grad.ndim - 1)))
+            grad.mul_(held.learning(factor).to(grad.dtype).view(-1, *[1] * (grad.ndim - 1)))
 
 
 class StochasticSGD(torch.optim.SGD):
