@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
     "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "contract", "hosts",
-    "methods", "quantize", "route", "apply", "allocator", "scratch", "meter", "profile", "stopwatch", "draft",
+    "methods", "quantize", "route", "apply", "allocator", "scratch", "meter", "update", "profile", "stopwatch", "draft",
     "calibrate", "knapsack", "prospect", "plan", "reasons", "front", "sparse", "models", "data", "cache", "costs",
     "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
 ]  # fmt: skip
