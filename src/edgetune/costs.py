@@ -41,27 +41,31 @@ def costs_of(
     *,
     measured: bool = True,
     plain_measured: bool = True,
+    update_as_it_comes: bool = False,
     memory_budget_bytes: int | None = None,
     step_budget_ms: float | None = None,
 ) -> Costs:
     """Predict and measure a training step on x (n c h w), y (n), by `plan` and by plain back-propagation.
 
     `model` has no plan applied, and stays as it is. Measuring the plain step (`plain_measured`) takes all the
-    memory that the plan is there to save. Raises PlanError or Refusal when the plan does not fit.
+    memory that the plan is there to save. `update_as_it_comes` is as in the settings of a run. Raises PlanError or
+    Refusal when the plan does not fit.
     """
     micro = min(plan.micro_batch or len(x), len(x))
     planned_seen = plain_seen = None
-    predicted = profile(model, x, plan)
+    predicted = profile(model, x, plan, update_as_it_comes=update_as_it_comes)
     if measured:
         undo = apply(model, plan)
         try:
-            planned_seen = measure(model, x, y, micro_batch=micro, repeats=REPEATS)
+            planned_seen = measure(model, x, y, micro_batch=micro, repeats=REPEATS,
+                                   update_as_it_comes=update_as_it_comes)
         finally:
             undo()
     plain = unrestrained(copy.deepcopy(model))
-    plain_predicted = profile(plain, x[:micro])
+    plain_predicted = profile(plain, x[:micro], update_as_it_comes=update_as_it_comes)
     if measured and plain_measured:
-        plain_seen = measure(plain, x, y, micro_batch=micro, repeats=REPEATS)
+        plain_seen = measure(plain, x, y, micro_batch=micro, repeats=REPEATS,
+                             update_as_it_comes=update_as_it_comes)
     return Costs(
         batch_size=len(x),
         micro_batch=micro,

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import nn
@@ -45,7 +45,9 @@ class Interrupted(RunError):
 
 class Settings(Record):
     """How a network is trained: SGD with momentum, the rate rising over `warm_up` of all steps, then falling
-    to zero as a cosine; gradients longer than `clip_norm` are shortened; norms and biases don't decay."""
+    to zero as a cosine; gradients longer than `clip_norm` are shortened (None: none are); norms and biases don't decay.
+    With `update_as_it_comes` a parameter takes its step as soon as its gradient is there, which then goes; the norm of
+    all gradients is never known, so `clip_norm` must be None."""
 
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -53,11 +55,19 @@ class Settings(Record):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
     warm_up: float = Field(default=0.1, ge=0, lt=1)
-    clip_norm: float = Field(default=2.0, gt=0)
+    clip_norm: float | None = Field(default=2.0, gt=0)
+    update_as_it_comes: bool = False
     seed: int = 0
     augment: Augment | None = None
     baseline: bool = False
     cache: Cache | None = None
+
+    @field_validator("update_as_it_comes")
+    @classmethod
+    def _norm_is_not_asked_for(cls, early: bool, others: ValidationInfo) -> bool:
+        if early and others.data.get("clip_norm") is not None:
+            raise ValueError("the norm of all gradients is not known when the first is used: clip_norm=None goes with it")
+        return early
 
 
 class ModelRef(Record):

@@ -62,7 +62,8 @@ def train(
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
     warm_up: float = 0.1,
-    clip_norm: float = 2.0,
+    clip_norm: float | None = 2.0,
+    update_as_it_comes: bool = False,
     seed: int = 0,
     augment: Augment | bool | None = True,
     baseline: bool = False,
@@ -79,8 +80,9 @@ def train(
 
     `augment` is True for the data's own views, False or None for none; `baseline` also trains a copy by plain
     full back-propagation, to compare; `cache` keeps what the frozen part gives (without one, as ever, all of the
-    network runs in every epoch). `model_name`, `model_options`, `weights` and `data_options` (what
-    `load_data` was given) are written down so that the run can be loaded and resumed by itself;
+    network runs in every epoch). `clip_norm=None, update_as_it_comes=True` gives every parameter its step as soon as
+    its gradient is there: the same training in less memory. `model_name`, `model_options`, `weights` and `data_options`
+    (what `load_data` was given) are written down so that the run can be loaded and resumed by itself;
     `costs` are measured unless given; `on_finish(out, run)` is called at the end, to write reports.
     Raises Interrupted after Ctrl-C, DivergedError when the loss is no number, PlanError or Refusal when the
     plan does not fit, RunError when `out` cannot be used.
@@ -88,12 +90,14 @@ def train(
     settings = _settings(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, momentum=momentum,
         weight_decay=weight_decay, warm_up=warm_up, clip_norm=clip_norm, seed=seed, baseline=baseline,
+        update_as_it_comes=update_as_it_comes,
         cache=cache, augment=data.augment if augment is True else augment or None,
     )  # fmt: skip
     folder = Path(out)
-    _refuse(folder, plan)
+    _refuse(folder, plan, settings)
     before = evaluate(model, data.val, len(data.classes), batch_size).accuracy
-    costs = costs or costs_of(model, plan, *_first_batch(data, model, settings), plain_measured=baseline)
+    costs = costs or costs_of(model, plan, *_first_batch(data, model, settings), plain_measured=baseline,
+                               update_as_it_comes=update_as_it_comes)
     origin = None if weights is None else str(weights)
     run = Run(
         status="running",
@@ -119,7 +123,7 @@ def train(
     return job.finish(undo)
 
 
-def _refuse(folder: Path, plan: Plan) -> None:
+def _refuse(folder: Path, plan: Plan, settings: Settings) -> None:
     if (folder / RUN).exists():
         raise RunError(
             f"'{folder}' holds a run already: choose another folder with --out, "
@@ -127,6 +131,10 @@ def _refuse(folder: Path, plan: Plan) -> None:
         )
     if not plan.learned():
         raise PlanError("the plan lets nothing learn: list at least the classifier in `learns`")
+    micro = plan.micro_batch or settings.batch_size
+    if settings.update_as_it_comes and micro < settings.batch_size:
+        raise PlanError(f"the plan adds up gradients of {micro} pictures at a time, so they cannot be used as they "
+                        f"come: take a batch of {micro}, or update when all are there")
 
 
 def _reference(data: Dataset, **options: Any) -> DataRef:

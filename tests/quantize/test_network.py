@@ -16,7 +16,7 @@ from edgetune.overlap import ConvGeometry
 from edgetune.quantize import Quantized, QuantizedNetwork, Rounded, Stepped, integer, last_layers
 from edgetune.quantize.network import QuantizedConv
 from edgetune.quantize.record import Add, Conv, Linear, Mean, Pad, Quantization, Subsample
-from edgetune.quantize.rules import ConvRule
+from edgetune.quantize.rules import ConvRule, handle
 from geometries import geometries, operands
 from integer_nets import odd
 
@@ -26,6 +26,14 @@ ALL = 99
 def straight_through(value: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """`exact` forward, the gradient of `value` backward."""
     return value + (exact - value).detach()
+
+
+def gathered(parts: integer.Parts, like: torch.Tensor) -> torch.Tensor:
+    """A map from its parts."""
+    got = torch.empty_like(like)
+    for where, part in parts:
+        got[where] = part.to(like.dtype)
+    return got
 
 
 def convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, layer: Conv, source: Quantization,
@@ -54,12 +62,12 @@ def simulated(quantized: Quantized, x: torch.Tensor, learned: dict[str, torch.Te
                 maps[layer.name] = convolved(xs[0], weight, bias, layer, hows[0], scale)
             case Add():
                 real = sum(integer.dequantize(each, how) for each, how in zip(xs, hows)) / layer.out.scale
-                exact = integer.add(*(each.detach() for each in xs), *hows, layer.out)
+                exact = gathered(integer.add(*(each.detach() for each in xs), *hows, layer.out), real)
                 before = straight_through(real, exact) + layer.out.zero_point
                 maps[layer.name] = before.clamp(layer.low, layer.high)
             case Mean():
                 real = integer.dequantize(xs[0], hows[0]).mean((2, 3), keepdim=True) / layer.out.scale
-                before = straight_through(real, integer.mean(xs[0].detach(), hows[0], layer.out))
+                before = straight_through(real, gathered(integer.mean(xs[0].detach(), hows[0], layer.out), real))
                 maps[layer.name] = (before + layer.out.zero_point).clamp(layer.low, layer.high)
             case Subsample():
                 maps[layer.name] = xs[0][:, :, :: layer.stride[0], :: layer.stride[1]]
@@ -116,17 +124,19 @@ class TestGradients:
         bias = 100 * torch.randn(len(weight), generator=generator, dtype=torch.float64)
         scale = 1e-3 * (0.5 + torch.rand(len(weight), generator=generator, dtype=torch.float64))
         out = Quantization(scale=0.1, zero_point=-20)
-        layer = Conv(name="c", sources=("input",), shape=(1, 1, 1), out=out, low=-40, high=30, geometry=geometry)
+        shape = (geometry.out_channels, *geometry.out_hw)
+        layer = Conv(name="c", sources=("input",), shape=shape, out=out, low=-40, high=30, geometry=geometry)
         source = Quantization(scale=0.1, zero_point=-3)
         tensors = [t.requires_grad_() for t in (x, weight, bias)]
         wanted = torch.autograd.grad(convolved(*tensors, layer, source, scale), tensors, gy)
         rule, (m, s) = ConvRule(layer, source), integer.fixed_point(scale)
         params = {"weight": weight, "bias": bias, "scale": scale, "multiplier": m, "shift": s}
-        needs = Needs((True,), frozenset({"weight", "bias"}))
+        needs = Needs((True, False), frozenset({"weight", "bias"}))
         detached = {name: tensor.detach() for name, tensor in params.items()}
-        (y,), kept = rule.forward(None, [x.detach()], detached, needs)
-        assert torch.equal(y, convolved(x, weight, bias, layer, source, scale).detach())
-        (gx,), grads = rule.backward(None, kept, [gy], detached, needs)
+        (like, y), kept = rule.forward(None, [handle(x.shape, x), x.detach().to(torch.int8)], detached, needs)
+        assert torch.equal(y.double(), convolved(x, weight, bias, layer, source, scale).detach())
+        assert (like.shape, like.untyped_storage().nbytes()) == (y.shape, 8)
+        (gx, _), grads = rule.backward(None, kept, [gy], detached, needs)
         for got, want in zip((gx, grads["weight"], grads["bias"]), wanted):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -199,11 +209,12 @@ class TestKept:
 
 def test_maps_live_only_until_they_are_read() -> None:
     _, quantized, x = odd()
-    network, made, alive = QuantizedNetwork(quantized, last_layers(quantized.graph, ALL)), [], []
+    learns = last_layers(quantized.graph, 0, biases=ALL)  # a weight that learns keeps the map that it reads
+    network, made, alive = QuantizedNetwork(quantized, learns), [], []
 
     def watch(module: torch.nn.Module, inputs: object, y: torch.Tensor) -> None:
         alive.append([number for number, ref in enumerate(made) if ref() is not None])
-        made.append(weakref.ref(y))
+        made.append(weakref.ref(getattr(y, "integers", y)))
 
     for step in network.steps:
         step.register_forward_hook(watch)

@@ -83,6 +83,13 @@ Resume = Annotated[
 Baseline = Annotated[
     bool, typer.Option("--baseline/--no-baseline", help=("Also train by plain full back-propagation, to compare."))
 ]
+UpdateAsItComes = Annotated[
+    bool,
+    typer.Option(
+        "--update-as-it-comes",
+        help="Use each gradient as soon as it is there, and drop it: less memory, and gradients are not clipped.",
+    ),
+]
 
 
 def train(
@@ -94,6 +101,7 @@ def train(
     epochs: Epochs = None,
     batch_size: options.BatchSize = 32,
     learning_rate: LearningRate = 0.01,
+    update_as_it_comes: UpdateAsItComes = False,
     seed: options.Seed = 0,
     out: Out = None,
     resume: Resume = None,
@@ -125,6 +133,8 @@ def train(
     if resume is not None:
         _finish(resume, _resume(resume), json)
         return
+    from edgetune.run import Settings
+
     order = Order(
         *_names(model, data),
         weights=weights,
@@ -138,6 +148,8 @@ def train(
         "epochs": epochs or (5 if (order.model, order.data) == (DEMO_MODEL, DEMO_DATA) else 10),
         "batch_size": batch_size,
         "learning_rate": learning_rate,
+        "update_as_it_comes": update_as_it_comes,
+        "clip_norm": None if update_as_it_comes else Settings.model_fields["clip_norm"].default,
         "seed": seed,
         "baseline": baseline,
         "cache": caching.cache_asked(cache, cache_codec, cache_size, cache_views, cache_folder),
@@ -213,6 +225,7 @@ def _train(order: Order, wish: Wish, settings: dict[str, Any], folder: Path) -> 
         x,
         y,
         plain_measured=settings["baseline"],
+        update_as_it_comes=settings["update_as_it_comes"],
         memory_budget_bytes=budget.memory_bytes,
         step_budget_ms=budget.step_ms,
     )

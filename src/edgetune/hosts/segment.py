@@ -30,6 +30,8 @@ class SegmentFunction(torch.autograd.Function):
         # a view of an input handed out as an output would confuse autograd's bookkeeping
         ys = tuple(y.view_as(y) if any(y is x for x in xs) else y for y in ys)
         ctx.save_for_backward(*params.values(), *kept.values())
+        # integers get no gradient, and need no zeros in its place
+        ctx.set_materialize_grads(all(y.is_floating_point() for y in ys))
         return ys
 
     @staticmethod

@@ -69,13 +69,14 @@ def _scale(conv: QuantizedConv, by: tuple[torch.Tensor, torch.Tensor]) -> None:
     for held, factor in zip((conv.weight, conv.bias), by, strict=True):
         grad = next((p.grad for p in held.parameters()), None)
         if grad is not None:
-            grad.mul_(factor.to(grad.dtype).view(-1, *[1] * (grad.ndim - 1)))
+            grad.mul_(held.learning(factor).to(grad.dtype).view(-1, *[1] * (grad.ndim - 1)))
 
 
 class StochasticSGD(torch.optim.SGD):
     """SGD for a network with `Stepped` integers: their steps are rounded by chance; all else learns as with SGD.
 
-    Takes SGD's settings but `nesterov`, `dampening` and `maximize`. `seed` decides the chances.
+    Takes SGD's settings but `nesterov`, `dampening` and `maximize`. `seed` decides the chances, those of each tensor by
+    themselves, so that the order in which tensors take their step is no matter.
     """
 
     def __init__(self, network: nn.Module, lr: float, momentum: float = 0.0, weight_decay: float = 0.0,
@@ -83,7 +84,7 @@ class StochasticSGD(torch.optim.SGD):
         learning: Iterable[nn.Parameter] = [p for p in network.parameters() if p.requires_grad]
         super().__init__(learning, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.held: dict[nn.Parameter, Held] = {m.handle: m for m in network.modules() if isinstance(m, Stepped)}
-        self.generator = torch.Generator().manual_seed(seed)
+        self.chances = {handle: torch.Generator().manual_seed(seed + place) for place, handle in enumerate(self.held)}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -92,7 +93,7 @@ class StochasticSGD(torch.optim.SGD):
             for parameter in group["params"]:
                 held = self.held.get(parameter)
                 if isinstance(held, Stepped) and parameter.grad is not None:
-                    held.move(-group["lr"] * self._direction(parameter, held, group), self.generator)
+                    held.move(-group["lr"] * self._direction(parameter, held, group), self.chances[parameter])
                     parameter.grad = None
         return super().step(closure)
 

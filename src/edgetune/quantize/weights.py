@@ -1,7 +1,9 @@
 """Three ways to hold a tensor of integers between steps: frozen, as a float that is rounded, or as int8 itself.
 
-Each gives `operands(role)`: what the rules read, by name. Under the role itself stands the tensor that autograd gives
-a gradient to; where that holds no numbers, the integers stand beside it as `<role>.integers`.
+Of a weight a window alone can learn: that part is held in one of these ways beside the frozen whole. Each gives
+`operands(role)`: what the rules read, by name. Under the role itself stands the tensor that autograd gives a gradient
+to; where that holds no numbers, the integers stand beside it as `<role>.integers`, and where it is a part, all of the
+weight as `<role>.frozen`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from edgetune.methods.backward.sparse_update import SparseUpdate, window_axis
+from edgetune.overlap import ConvGeometry
 
 
 class Held(nn.Module):
@@ -32,6 +37,10 @@ class Held(nn.Module):
     def integers(self) -> torch.Tensor:
         """The integers as they stand, in their own type."""
         return self.value.detach().round().clamp(-self.limit, self.limit).to(self.dtype)
+
+    def learning(self, values: torch.Tensor) -> torch.Tensor:
+        """Of `values` by output channel (o), those of the channels that learn."""
+        return values
 
 
 class Rounded(Held):
@@ -73,3 +82,27 @@ class Stepped(Held):
         moved = self.value.to(torch.float64) + step
         chance = torch.rand(moved.shape, generator=generator, dtype=torch.float64).to(moved.device)
         self.value.copy_((moved + chance).floor().clamp(-self.limit, self.limit).to(self.dtype))
+
+
+class Windowed(Held):
+    """A convolution's weight (o i u v) of which the window that `method` says learns, held as `state` does.
+
+    The frozen whole stays as it was; the learning part stands beside it, and goes before it.
+    """
+
+    def __init__(self, integers: torch.Tensor, limit: int, method: SparseUpdate, geometry: ConvGeometry,
+                 state: type[Held]) -> None:
+        super().__init__(integers, limit)
+        self.method, self.geometry = method, geometry
+        self.part = state(method.part(integers, geometry).contiguous(), limit)
+
+    def operands(self, role: str) -> dict[str, torch.Tensor]:
+        return {**self.part.operands(role), f"{role}.frozen": self.value}
+
+    def integers(self) -> torch.Tensor:
+        weight = self.value.clone()
+        self.method.part(weight, self.geometry).copy_(self.part.integers())
+        return weight
+
+    def learning(self, values: torch.Tensor) -> torch.Tensor:
+        return self.method.part(values, self.geometry) if window_axis(self.geometry)[0] == 0 else values
