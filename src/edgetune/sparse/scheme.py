@@ -15,7 +15,7 @@ from torch import nn
 from edgetune.contract import Method, Plan
 from edgetune.errors import PlanError
 from edgetune.graph import Graph
-from edgetune.methods.backward.sparse_update import SparseUpdate, window, window_axis
+from edgetune.methods.backward.sparse_update import SparseUpdate
 from edgetune.record import Record
 
 
@@ -93,8 +93,6 @@ def place_windows(model: nn.Module, graph: Graph, plan: Plan) -> Plan:
         own = plan.settings(call.name, SparseUpdate)
         if isinstance(own, SparseUpdate) and call.geometry is not None and own.model_copy(
                 update={"first": 0}).refuse(call) is None:
-            weight = model.get_parameter(call.params["weight"])
-            first = window(weight, own.count(call.geometry), window_axis(call.geometry)[0])
-            moved = own.model_copy(update={"first": first})
+            moved = own.placed(model.get_parameter(call.params["weight"]), call.geometry)
             placed[call.name] = tuple(moved if method is own else method for method in plan.layers[call.name])
     return plan.model_copy(update={"layers": placed})
