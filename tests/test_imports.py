@@ -21,8 +21,7 @@ LINE = [
     "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "contract", "hosts",
     "methods", "quantize", "route", "apply", "allocator", "scratch", "outcome", "meter", "update", "profile",
     "stopwatch", "draft", "calibrate", "knapsack", "prospect", "plan", "reasons", "front", "sparse", "models", "data",
-    "cache", "costs",
-    "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
+    "cache", "costs", "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
 ]  # fmt: skip
 BASICS = {"errors", "units", "shapes", "record"}
 NARROW = {"models": BASICS, "data": BASICS}

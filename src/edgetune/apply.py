@@ -7,7 +7,8 @@ from its own graph, in which the planned segments are single calls; without grad
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +67,16 @@ def apply(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
         undo()
         raise
     return undo
+
+
+@contextmanager
+def prepared(model: nn.Module, graph: Graph, plan: Plan) -> Iterator[Graph]:
+    """The graph that knows of the parameters which learn in place of a layer's own; inside, the model has them."""
+    undo = Undo()
+    try:
+        yield _prepare(model, graph, plan, undo)
+    finally:
+        undo()
 
 
 def claim(graph: Graph, plan: Plan) -> list[Segment]:

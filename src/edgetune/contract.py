@@ -59,6 +59,23 @@ class Method(Frozen):
         """Why this layer cannot be taken, as "reason: way out", or None."""
         return None
 
+    @property
+    def label(self) -> str:
+        """The method and what matters of its settings, in a few words for tables and legends."""
+        return self.method.replace("_", " ")
+
+    def exact_on(self, graph: Graph) -> bool:
+        """Whether on this network every gradient that the method computes is the exact one, or a part of it."""
+        return False
+
+    def part(self, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+        """What of weight (o i u v) learns: a view of it, all of it unless another parameter learns in its place."""
+        return weight
+
+    def placed(self, worth: torch.Tensor, geometry: ConvGeometry) -> Method:
+        """The same method, its part where `worth` (o i u v), such as a weight or its gradient, has most energy."""
+        return self
+
     def prepare(self, module: nn.Module, call: Call) -> Callable[[], None]:
         """Give a layer the parameters of `learns_as`, before anything is routed; returns the way back."""
         raise TypeError(f"method '{self.method}' lets other parameters learn, but declares no prepare")

@@ -16,14 +16,18 @@ from edgetune.contract import Method, Plan
 from edgetune.draft import last_layers
 from edgetune.errors import BudgetError
 from edgetune.methods.backward.exact import Exact
+from edgetune.methods.backward.mobiletl import MobileTL
 from edgetune.methods.backward.pooled_chain import PooledChain
+from edgetune.methods.backward.sparse_update import SparseUpdate
 from edgetune.prospect import Found, Prospect
 from edgetune.record import Record
 from edgetune.stopwatch import Progress
 from edgetune.units import format_bytes, format_ms
 
-DEFAULT_METHODS: tuple[Method, ...] = (Exact(), PooledChain(patch_px=2), PooledChain(patch_px=4),
-                                       PooledChain(patch_px=7))
+DEFAULT_METHODS: tuple[Method, ...] = (
+    Exact(), MobileTL(), SparseUpdate(ratio=1 / 2), SparseUpdate(ratio=1 / 4), SparseUpdate(ratio=1 / 8),
+    PooledChain(patch_px=2), PooledChain(patch_px=4), PooledChain(patch_px=7))
+"""What is weighed for every layer; what equals a simpler method on a network falls away there."""
 MARGIN = 0.97
 """Share of the budget that a prediction may fill: predicted and measured peaks differ by less than the rest."""
 NEAR = 0.8

@@ -89,8 +89,8 @@ def plan(
 ) -> None:
     """Choose what learns and how each layer's gradient is computed, under a budget, and write it to a file.
 
-    Every convolution is frozen, exact, or filtered at one of several patch sizes; what gains the most on a calibration
-    batch of the data is chosen. Without --memory and --step-ms training may take a quarter of what plain
+    Every convolution is frozen, exact, filtered at one of several patch sizes, or learns a share of its channels; where
+    there is hard-swish, its slope may be kept in bits. What gains the most on a calibration batch of the data is chosen. Without --memory and --step-ms training may take a quarter of what plain
     back-propagation takes. The file can be read, compared and edited.
 
     For --step-ms and --pareto layers are timed on this machine, once: what they take is remembered. The finished plan

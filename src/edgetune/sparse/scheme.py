@@ -16,8 +16,7 @@ from torch import nn
 from edgetune.contract import Method, Plan
 from edgetune.errors import PlanError
 from edgetune.graph import Graph
-from edgetune.methods.backward.sparse_update import SparseUpdate, window, window_axis
-from edgetune.overlap import ConvGeometry
+from edgetune.methods.backward.sparse_update import SparseUpdate
 from edgetune.quantize import Quantized
 from edgetune.quantize import last_layers as last_integers
 from edgetune.quantize.network import Learns
@@ -80,7 +79,7 @@ def sparse_learns(quantized: Quantized, biases: int, ratios: Mapping[int, float]
     for index, ratio in sorted(ratios.items()):
         name, geometry = convs[index].name, convs[index].geometry
         scale = quantized.tensors[f"{name}.weight_scale"].view(-1, 1, 1, 1)
-        own = _placed(SparseUpdate(ratio=ratio), quantized.tensors[f"{name}.weight"] * scale, geometry)
+        own = SparseUpdate(ratio=ratio).placed(quantized.tensors[f"{name}.weight"] * scale, geometry)
         learns[name] = (own, *learns[name])
     return learns
 
@@ -127,14 +126,6 @@ def place_windows(model: nn.Module, graph: Graph, plan: Plan) -> Plan:
         own = plan.settings(call.name, SparseUpdate)
         if isinstance(own, SparseUpdate) and call.geometry is not None and own.model_copy(
                 update={"first": 0}).refuse(call) is None:
-            moved = _placed(own, model.get_parameter(call.params["weight"]), call.geometry)
+            moved = own.placed(model.get_parameter(call.params["weight"]), call.geometry)
             placed[call.name] = tuple(moved if method is own else method for method in plan.layers[call.name])
     return plan.model_copy(update={"layers": placed})
-
-
-def _placed(own: SparseUpdate, weight: torch.Tensor, geometry: ConvGeometry) -> SparseUpdate:
-    """The window where weight (o i u v) is largest."""
-    count = own.count(geometry)
-    if count > window_axis(geometry)[1]:
-        return own  # as it is: the network refuses it by name
-    return own.model_copy(update={"first": window(weight, count, window_axis(geometry)[0])})

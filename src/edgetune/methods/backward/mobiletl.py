@@ -110,6 +110,13 @@ class MobileTL(LayerMethod):
 
     hardswish_bits: Literal[1, 2] = 2
 
+    @property
+    def label(self) -> str:
+        return f"mobiletl, {self.hardswish_bits} bit" + "s" * (self.hardswish_bits > 1)
+
+    def exact_on(self, graph: Graph) -> bool:
+        return all(call.function != "hardswish" for call in graph.calls)
+
     def refuse(self, call: Call) -> str | None:
         return None if call.kind == "conv" else f"is a {call.kind} layer, not a convolution: leave it exact"
 
