@@ -18,7 +18,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "edgetune"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
-    "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "contract", "hosts",
+    "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "blocks", "contract", "hosts",
     "methods", "quantize", "route", "apply", "allocator", "scratch", "meter", "profile", "stopwatch", "draft",
     "calibrate", "knapsack", "prospect", "plan", "reasons", "front", "sparse", "models", "data", "cache", "costs",
     "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
