@@ -18,8 +18,8 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "edgetune"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
-    "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "contract", "hosts",
-    "methods", "quantize", "route", "apply", "allocator", "scratch", "outcome", "meter", "update", "profile",
+    "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "blocks", "contract",
+    "hosts", "methods", "quantize", "route", "apply", "allocator", "scratch", "outcome", "meter", "update", "profile",
     "stopwatch", "draft", "calibrate", "knapsack", "prospect", "plan", "reasons", "front", "sparse", "models", "data",
     "cache", "costs", "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from edgetune.allocator import peak_during
-from edgetune.apply import apply
+from edgetune.apply import apply, rewrite
 from edgetune.contract import Plan
 from edgetune.graph import Graph, trace
 from edgetune.meter import LOSS, Account, Ledger, keep_book
@@ -131,6 +131,8 @@ def _shadowed(model: nn.Module, sample: torch.Tensor, plan: Plan | None,
     with _training(shadow):
         graph = graph or trace(shadow, x)
         if plan is not None:
+            if rewrite(shadow, plan, graph):
+                graph = trace(shadow, x)
             apply(shadow, plan, graph)
         yield shadow, graph, x, device
 

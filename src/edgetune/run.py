@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import nn
 
+from edgetune.apply import rewrite
 from edgetune.cache import Cache, CacheUse, Features
 from edgetune.contract import Plan
 from edgetune.costs import Costs
@@ -202,12 +203,14 @@ def read_run(path: str | Path) -> Run:
 def load_run(path: str | Path, model: nn.Module | None = None) -> LoadedRun:
     """A run folder with its network, in evaluation mode.
 
-    The network is built again by the name in run.json, unless `model` gives it, and then takes the weights.
+    The network is built again by the name in run.json, unless `model` gives it; it gets the blocks that the plan
+    rewrites, and takes the weights.
     Raises RunError when a file is missing, garbled or of another network, ModelError when it cannot be built.
     """
     folder, run = Path(path), read_run(path)
     plan = Plan.load(folder / PLAN)
     model = build(run) if model is None else model
+    rewrite(model, plan)
     fill(model, read_tensors(folder / WEIGHTS)[0], folder / WEIGHTS)
     return LoadedRun(folder=folder, run=run, plan=plan, model=model.eval())
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from edgetune.apply import Undo, apply
+from edgetune.apply import Undo, apply, rewrite
 from edgetune.cache import FILES, Cache, Sight, open_features
 from edgetune.contract import Plan
 from edgetune.costs import Costs, costs_of, unrestrained
@@ -78,6 +78,7 @@ def train(
 ) -> Run:
     """Train `model` in place as `plan` says and leave a run folder at `out`.
 
+    What a method adds to the network stays there, once it is trained.
     `augment` is True for the data's own views, False or None for none; `baseline` also trains a copy by plain
     full back-propagation, to compare; `cache` keeps what the frozen part gives (without one, as ever, all of the
     network runs in every epoch). `clip_norm=None, update_as_it_comes=True` gives every parameter its step as soon as
@@ -113,14 +114,21 @@ def train(
         plain=Plain() if baseline else None,
         costs=costs,
     )
-    job = _Job(folder, run, plan, data, model, progress or Silent(), on_finish)
-    undo = apply(model, plan)
+    job = _Job(folder, run, plan, data, model, _as_it_was(model, run, plan), progress or Silent(), on_finish)
+    rewritten, undo = rewrite(model, plan), Undo()
     try:
+        undo.add(apply(model, plan))
         job.begin()
     except BaseException:
         undo()
+        rewritten()
         raise
-    return job.finish(undo)
+    return job.finish(undo, rewritten)
+
+
+def _as_it_was(model: nn.Module, run: Run, plan: Plan) -> nn.Module:
+    """The network that plain back-propagation trains: a copy where the plan rewrites the model's blocks."""
+    return copy.deepcopy(model) if run.plain and plan.rewritten() else model
 
 
 def _refuse(folder: Path, plan: Plan, settings: Settings) -> None:
@@ -168,8 +176,9 @@ def resume(
     if data is None:
         data = open_data(run)
     check_same(run, data)
-    job = _Job(folder, run, plan, data, model, progress or Silent(), on_finish)
-    return job.finish(apply(model, plan))
+    job = _Job(folder, run, plan, data, model, _as_it_was(model, run, plan), progress or Silent(), on_finish)
+    rewritten = rewrite(model, plan)
+    return job.finish(apply(model, plan), rewritten)
 
 
 _OVER = {
@@ -194,13 +203,14 @@ def _settings(**given: Any) -> Settings:
 
 @dataclass
 class _Job:
-    """A run under way: what it works with, and the folder it writes to."""
+    """A run under way: what it works with, and the folder it writes to; `plain_model` has no rewritten blocks."""
 
     folder: Path
     run: Run
     plan: Plan
     data: Dataset
     model: nn.Module
+    plain_model: nn.Module
     progress: Progress
     on_finish: OnFinish | None
 
@@ -212,15 +222,18 @@ class _Job:
     def begin(self) -> None:
         """Write the folder as it is before the first step; run.json comes last, so where it is, all is."""
         self.plan.save(self.folder / PLAN)
-        state, start = self.model.state_dict(), Position().model_dump_json()
-        first = {f"model/{name}": tensor for name, tensor in state.items()}
-        write_tensors(self.folder / WEIGHTS, state)
-        for checkpoint in (PLANNED, *([PLAIN] if self.run.plain else [])):
-            write_tensors(self.folder / checkpoint, first, start)
+        write_tensors(self.folder / WEIGHTS, self.model.state_dict())
+        first = {PLANNED: self.model, **({PLAIN: self.plain_model} if self.run.plain else {})}
+        for checkpoint, model in first.items():
+            state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+            write_tensors(self.folder / checkpoint, state, Position().model_dump_json())
         self.note()
 
-    def finish(self, undo: Undo) -> Run:
-        """Train both networks from their checkpoints to the end; `undo` takes the plan off the model."""
+    def finish(self, undo: Undo, rewritten: Undo) -> Run:
+        """Train both networks from their checkpoints to the end; `undo` takes the plan off the model.
+
+        After an interruption `rewritten` gives back its blocks too, for a resumption with this very model.
+        """
         device = device_of(self.model)
         sweep(self.folder)
         try:
@@ -233,6 +246,7 @@ class _Job:
                 if self.run.plain:
                     self._train_plain(self.run.plain)
         except KeyboardInterrupt as stop:
+            rewritten()
             self.note(status="interrupted")
             way_out = f"`edgetune train --resume {self.folder}`"
             raise Interrupted(f"training was stopped and is saved: go on with {way_out}") from stop
@@ -315,7 +329,7 @@ class _Job:
         def saved(at: Position) -> None:
             self.note(plain=plain.model_copy(update={"epochs": at.epochs}))
 
-        leg = self._leg(unrestrained(copy.deepcopy(self.model)), PLAIN, saved)
+        leg = self._leg(unrestrained(copy.deepcopy(self.plain_model)), PLAIN, saved)
         try:
             leg.run("plain back-propagation", self.progress)
             accuracy = leg.at.epochs[-1].val_accuracy

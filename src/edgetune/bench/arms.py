@@ -18,6 +18,7 @@ from edgetune.draft import last_layers
 from edgetune.graph import Graph, trace
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
+from edgetune.methods.backward.tinytl import TinyTL
 from edgetune.quantize import QuantizedNetwork, Rounded, Stepped, StochasticSGD, quantize, scale_gradients
 from edgetune.quantize import last_layers as last_integers
 from edgetune.quantize.weights import Held
@@ -121,6 +122,13 @@ def chain(patch_px: int, taps: str = "mean", scales: bool = False, count: int | 
     method = PooledChain.model_validate({"patch_px": patch_px, "taps": taps})
     name = "pooled chain" + (", with scales" if scales else "")
     return Arm(name, planned(last(count, method, scales)), patch_px, taps)
+
+
+def tinytl(count: int | None = None, residuals: bool = True, biases: bool = True) -> Arm:
+    """TinyTL in the last `count` blocks (None: in all): lite residuals, biases, or both; and the head."""
+    method = TinyTL(residuals=residuals, biases=biases)
+    parts = [part for part, learns in (("residuals", residuals), ("biases", biases)) if learns]
+    return Arm(f"tinytl, {' and '.join(parts)}", planned(lambda graph: method.last_blocks(graph, count)))
 
 
 def integers(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import resources
 
-import torch
 from pydantic import Field, TypeAdapter
 from torch import nn
 
