@@ -18,7 +18,7 @@ from edgetune.quantize.network import QuantizedConv
 from edgetune.quantize.record import Add, Conv, Linear, Mean, Pad, Quantization, Subsample
 from edgetune.quantize.rules import ConvRule, handle
 from geometries import geometries, operands
-from integer_nets import odd
+from integer_nets import kept, odd
 
 ALL = 99
 
@@ -155,23 +155,6 @@ class TestGradients:
         network = QuantizedNetwork(quantized, last_layers(quantized.graph, 1))
         with pytest.raises(Refusal, match="cannot be differentiated again"):
             torch.autograd.grad(network(x).sum(), list(network.parameters())[-3:], create_graph=True)
-
-
-def kept(network: QuantizedNetwork, x: torch.Tensor) -> int:
-    """Bytes that a forward pass leaves for backward, by storage, parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers()]}
-    seen: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = network(x)
-    assert y.shape
-    return sum(seen.values())
 
 
 def bits(*shapes: tuple[int, ...]) -> int:
