@@ -6,7 +6,7 @@ A new method is a new `Prepare`: a function from the network and pictures of it 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,17 @@ from edgetune.draft import last_layers
 from edgetune.graph import Graph, trace
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
-from edgetune.quantize import QuantizedNetwork, Rounded, Stepped, StochasticSGD, quantize, scale_gradients
+from edgetune.quantize import (
+    Quantized,
+    QuantizedNetwork,
+    Rounded,
+    Stepped,
+    StochasticSGD,
+    quantize,
+    scale_gradients,
+)
 from edgetune.quantize import last_layers as last_integers
+from edgetune.quantize.network import Learns
 from edgetune.quantize.weights import Held
 
 BATCH = 32
@@ -127,8 +136,14 @@ def integers(count: int | None, scaled: bool, state: type[Held] = Rounded) -> Pr
     def prepare(model: nn.Module, pictures: torch.Tensor) -> Trainee:
         record = quantize(model, pictures.split(BATCH))
         learns = last_integers(record.graph, len(record.graph.convs) if count is None else count)
-        network = QuantizedNetwork(record, learns, state)
-        optimizer = _stochastic_sgd if state is Stepped else _sgd
-        return Trainee(network, scale_gradients if scaled else _leave, optimizer)
+        trainee = qas(record, learns, state)
+        return trainee if scaled else replace(trainee, rescale=_leave)
 
     return prepare
+
+
+def qas(record: Quantized, learns: Learns, state: type[Held]) -> Trainee:
+    """An integer network that learns `learns`, with quantization-aware scaling."""
+    return Trainee(
+        QuantizedNetwork(record, learns, state), scale_gradients, _stochastic_sgd if state is Stepped else _sgd
+    )
