@@ -17,7 +17,7 @@ from edgetune.methods.backward.sparse_update import SparseUpdate, window_axis
 from edgetune.overlap import ConvGeometry
 
 PART = 2**12
-"""Numbers that are moved at a time."""
+"""Numbers that are moved at a time, in whole filters."""
 
 
 class Held(nn.Module):
@@ -83,7 +83,8 @@ class Stepped(Held):
     def move(self, step: torch.Tensor, generator: torch.Generator | None = None) -> None:
         """Add a float step, rounded up or down by chance so that its mean is kept; then clip."""
         # part by part: in 64 bits a whole weight would take many times its bytes
-        for value, change in zip(self.value.view(-1).split(PART), step.reshape(-1).split(PART), strict=True):
+        filters = max(1, PART // max(1, self.value[:1].numel()))
+        for value, change in zip(self.value.split(filters), step.split(filters), strict=True):
             chance = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device)
             moved = chance.add_(value).add_(change).floor_()
             value.copy_(moved.clamp_(-self.limit, self.limit))
