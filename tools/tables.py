@@ -219,6 +219,7 @@ TABLES = {
         key=("case", "method"),
         columns={
             "what learns": text("method"),
+            "classes": text("classes"),
             "arena, by rows and channels": size("streamed_bytes"),
             "beyond inference": size("extra_bytes"),
             "paper's memory model": size("added_bytes"),

@@ -13,7 +13,7 @@ from edgetune.bench import ladder, timing
 from edgetune.bench.ladder import LadderOptions
 from edgetune.errors import PlanError
 
-SMALL = LadderOptions(size_px=64, last=(2,), scheme="mobilenet_v2_0.35-49KB")
+SMALL = LadderOptions(size_px=64, more_classes=(), last=(2,), scheme="mobilenet_v2_0.35-49KB")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,14 @@ def test_learning_adds_to_inference(rows: list[timing.Row]) -> None:
     assert len(schemes) == 5 and schemes == sorted(schemes)
     assert all(row["streamed_bytes"] == extra["inference"]["streamed_bytes"] + row["extra_bytes"]
                for row in extra.values())  # fmt: skip
+
+
+def test_a_class_costs_its_features_in_float() -> None:
+    options = SMALL.model_copy(update={"more_classes": (3,), "quick": True})
+    took = {(row["method"], row["classes"]): row["extra_bytes"] for row in ladder.run(options)["rows"]
+            if "extra_bytes" in row}  # fmt: skip
+    assert took["last 2", 3] - took["last 2", 2] == 4 * 1281
+    assert took["inference", 3] == took["inference", 2] == 0
 
 
 def test_quick_measures_the_last_rung() -> None:

@@ -50,11 +50,15 @@ CALIBRATION = 4
 
 
 class LadderOptions(Record):
-    """The network, its scheme, and how many classes its head tells apart (2: a person is there, or not)."""
+    """The network, its scheme, and how many classes its head tells apart (2: a person is there, or not).
+
+    What learning adds to inference is told for `more_classes` too.
+    """
 
     model: str = "mobilenet_v2_0.35"
     size_px: int = 128
     classes: int = 2
+    more_classes: tuple[int, ...] = (10,)
     scheme: str = "mobilenet_v2_0.35-99KB"
     last: tuple[int, ...] = (2, 4, 6, 8, 10, 12, 16, 20, 25)
     seed: int = 0
@@ -121,7 +125,8 @@ def run(options: LadderOptions | None = None, progress: Callable[[timing.Row], N
     options = options or LadderOptions()
     rows: list[timing.Row] = []
     with timing.threads(1):
-        for row in (*_rungs(options), *_extras(options)):
+        for row in (*_rungs(options), *_extras(options, options.classes),
+                    *(row for classes in options.more_classes for row in _extras(options, classes))):
             rows.append({**_stamp(options), **row})
             if progress is not None:
                 progress(rows[-1])
@@ -187,15 +192,15 @@ def _arenas(rung: Rung, case: Case) -> timing.Row:
     return {"arena_bytes": sizes[False], "streamed_bytes": sizes[True]}
 
 
-def _extras(options: LadderOptions) -> Iterator[timing.Row]:
+def _extras(options: LadderOptions, classes: int) -> Iterator[timing.Row]:
     """What each choice of what learns adds to inference; a program that updates as it comes, by rows and channels."""
-    case = _case(options)
+    case = _case(options.model_copy(update={"classes": classes}))
     graph = case.quantized.graph
     choices: dict[str, Learns] = {"inference": {}}
     choices |= {scheme.name: scheme_learns(case.quantized, scheme) for scheme in released_schemes().values()
                if scheme.network == options.model}
     choices |= {f"last {count}": last_layers(graph, count) for count in options.last}
     for method, learns in choices.items():
-        yield {"case": f"{options.model}@{options.size_px} beyond inference", "method": method,
+        yield {"case": f"{options.model}@{options.size_px}, {classes} classes", "method": method, "classes": classes,
                "streamed_bytes": training_arena(graph, learns).size, "extra_bytes": extra_bytes(graph, learns),
                "added_bytes": added_bytes(graph, learns), "flash_bytes": flash_bytes(graph)}
