@@ -215,6 +215,32 @@ TABLES = {
             "runs": text("seeds"),
         },
     ),
+    "ladder": Table(
+        suite="ladder",
+        where=lambda row: "peak_bytes" in row,
+        key=("case", "method"),
+        columns={
+            "rung": text("method"),
+            "kept": size("kept_bytes"),
+            "measured peak": size("peak_bytes"),
+            "arena, layer by layer": size("arena_bytes"),
+            "arena, by rows and channels": size("streamed_bytes"),
+            "published": size("published_bytes"),
+            "MACs back": macs("backward_macs"),
+        },
+    ),
+    "ladder-extra": Table(
+        suite="ladder",
+        where=lambda row: "extra_bytes" in row,
+        key=("case", "method"),
+        columns={
+            "what learns": text("method"),
+            "classes": text("classes"),
+            "arena, by rows and channels": size("streamed_bytes"),
+            "beyond inference": size("extra_bytes"),
+            "paper's memory model": size("added_bytes"),
+        },
+    ),
 }
 
 

@@ -67,7 +67,7 @@ class Settings(Record):
     @classmethod
     def _norm_is_not_asked_for(cls, early: bool, others: ValidationInfo) -> bool:
         if early and others.data.get("clip_norm") is not None:
-            raise ValueError("the norm of all gradients is not known when the first is used: use clip_norm=None")
+            raise ValueError("the norm of all gradients is not known when the first is used: say clip_norm=None")
         return early
 
 

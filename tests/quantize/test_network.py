@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from edgetune.contract import Needs
 from edgetune.errors import ModelError, PlanError, Refusal
 from edgetune.overlap import ConvGeometry
-from edgetune.quantize import Quantized, QuantizedNetwork, Rounded, Stepped, integer, last_layers
+from edgetune.profile import measured_peak
+from edgetune.quantize import Quantized, QuantizedNetwork, Rounded, Stepped, integer, last_layers, quantize
 from edgetune.quantize.network import QuantizedConv
 from edgetune.quantize.record import Add, Conv, Linear, Mean, Pad, Quantization, Subsample
 from edgetune.quantize.rules import ConvRule, handle
 from geometries import geometries, operands
-from integer_nets import odd
+from integer_nets import kept, odd
 
 ALL = 99
 
@@ -157,23 +159,6 @@ class TestGradients:
             torch.autograd.grad(network(x).sum(), list(network.parameters())[-3:], create_graph=True)
 
 
-def kept(network: QuantizedNetwork, x: torch.Tensor) -> int:
-    """Bytes that a forward pass leaves for backward, by storage, parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers()]}
-    seen: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = network(x)
-    assert y.shape
-    return sum(seen.values())
-
-
 def bits(*shapes: tuple[int, ...]) -> int:
     return sum(-(-torch.Size(shape).numel() // 8) for shape in shapes)
 
@@ -221,6 +206,14 @@ def test_maps_live_only_until_they_are_read() -> None:
     network(x)
     # by number of step: 0 1 2 convolutions, 3 add, 4 convolution, 5 every second pixel, 6 zero channels, 7 add, 8 mean
     assert alive == [[], [0], [0, 1], [0, 2], [3], [3, 4], [4, 5], [4, 6], [7], [8]]
+
+
+def test_a_frozen_network_needs_less_than_one_of_its_maps_in_float() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.ReLU(),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2)).eval()  # fmt: skip
+    x = torch.randn(1, 3, 64, 64)
+    quantized = quantize(model, [x])
+    assert 2 * 64 * 64 * 64 < measured_peak(QuantizedNetwork(quantized), x) < 4 * 64 * 64 * 64
 
 
 class TestLearns:

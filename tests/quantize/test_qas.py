@@ -16,6 +16,7 @@ from edgetune.quantize import (
     last_layers,
     quantize,
     scale_gradients,
+    weights,
 )
 from edgetune.quantize.qas import factors
 from integer_nets import odd
@@ -104,6 +105,16 @@ class TestStepped:
         held = Stepped(torch.tensor([5, -5], dtype=torch.int8), 127)
         held.move(torch.tensor([2.0, -3.0]))
         assert held.value.tolist() == [7, -8]
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_moves_the_same_in_parts(self, monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format) -> None:
+        moved = []
+        for part in (10**6, 40):
+            monkeypatch.setattr(weights, "PART", part)
+            held = Stepped(torch.arange(-60, 60, dtype=torch.int8).view(6, 5, 2, 2), 127).to(memory_format=layout)
+            held.move(torch.full((6, 5, 2, 2), 0.5), torch.Generator().manual_seed(0))
+            moved.append(held.value.flatten().tolist())
+        assert moved[0] == moved[1] != list(range(-60, 60))
 
     def test_clips(self) -> None:
         held = Stepped(torch.tensor([120, -120], dtype=torch.int8), 127)

@@ -6,7 +6,7 @@ A new method is a new `Prepare`: a function from the network and pictures of it 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,17 @@ from edgetune.graph import Graph, trace
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.methods.backward.tinytl import TinyTL
-from edgetune.quantize import QuantizedNetwork, Rounded, Stepped, StochasticSGD, quantize, scale_gradients
+from edgetune.quantize import (
+    Quantized,
+    QuantizedNetwork,
+    Rounded,
+    Stepped,
+    StochasticSGD,
+    quantize,
+    scale_gradients,
+)
 from edgetune.quantize import last_layers as last_integers
+from edgetune.quantize.network import Learns
 from edgetune.quantize.weights import Held
 from edgetune.sparse.scheme import place_windows, released_schemes, sparse_plan
 
@@ -142,9 +151,7 @@ def integers(
     def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
         record = quantize(model, x.split(BATCH))
         learns = last_integers(record.graph, len(record.graph.convs) if count is None else count)
-        network = QuantizedNetwork(record, learns, state)
-        optimizer = _stochastic_sgd if state is Stepped else _sgd
-        return Trainee(network, rescale, optimizer)
+        return replace(qas(record, learns, state), rescale=rescale)
 
     return prepare
 
@@ -160,3 +167,10 @@ def scheme(name: str) -> Prepare:
         return Trainee(model)
 
     return prepare
+
+
+def qas(record: Quantized, learns: Learns, state: type[Held]) -> Trainee:
+    """An integer network that learns `learns`, with quantization-aware scaling."""
+    return Trainee(
+        QuantizedNetwork(record, learns, state), scale_gradients, _stochastic_sgd if state is Stepped else _sgd
+    )

@@ -16,6 +16,9 @@ from torch import nn
 from edgetune.methods.backward.sparse_update import SparseUpdate, window_axis
 from edgetune.overlap import ConvGeometry
 
+PART = 2**12
+"""Numbers that are moved at a time, in whole filters."""
+
 
 class Held(nn.Module):
     """An integer tensor within [-limit, limit]; here it is frozen, in its own integer type."""
@@ -79,9 +82,12 @@ class Stepped(Held):
     @torch.no_grad()
     def move(self, step: torch.Tensor, generator: torch.Generator | None = None) -> None:
         """Add a float step, rounded up or down by chance so that its mean is kept; then clip."""
-        moved = self.value.to(torch.float64) + step
-        chance = torch.rand(moved.shape, generator=generator, dtype=torch.float64).to(moved.device)
-        self.value.copy_((moved + chance).floor().clamp(-self.limit, self.limit).to(self.dtype))
+        # part by part: in 64 bits a whole weight would take many times its bytes
+        filters = max(1, PART // max(1, self.value[:1].numel()))
+        for value, change in zip(self.value.split(filters), step.split(filters), strict=True):
+            chance = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+            moved = chance.add_(value).add_(change).floor_()
+            value.copy_(moved.clamp_(-self.limit, self.limit))
 
 
 class Windowed(Held):
