@@ -13,7 +13,7 @@ def test_tinytl_trains_branches_biases_or_both() -> None:
     learned = {}
     for residuals, biases in ((True, True), (True, False), (False, True)):
         arm = tinytl(1, residuals, biases)
-        trainee = arm.prepare(load_model("digits_net"), torch.zeros(40, 1, 32, 32))
+        trainee = arm.prepare(load_model("digits_net"), torch.zeros(40, 1, 32, 32), torch.zeros(40, dtype=torch.long))
         F.cross_entropy(trainee.model(torch.zeros(2, 1, 32, 32)), torch.arange(2)).backward()
         learned[arm.method] = {name for name, p in trainee.model.named_parameters() if p.grad is not None}
     both, branches, biases_only = learned.values()
