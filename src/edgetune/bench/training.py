@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from edgetune.bench.adapt import adapt
-from edgetune.bench.arms import Arm, chain, integers, last, leave, planned, scheme, stock
+from edgetune.bench.arms import Arm, chain, integers, last, leave, planned, scheme, stock, tinytl
 from edgetune.bench.cases import DIGITS_NET, IMAGENET_V2, RESNET20, RESNET20_JPEG, Bench, Case, Recipe, pupil
 from edgetune.bench.cells import Line
 from edgetune.bench.costs import CLOCK, kept_of_whole, step_costs
 from edgetune.bench.grid import PLAIN, Grid, GridOptions
-from edgetune.bench.photos import Split, drifted_cifar, flowers
+from edgetune.bench.photos import Split, drifted_cifar
 from edgetune.bench.pretrain import Lesson, cycles
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.mobiletl import MobileTL, last_blocks
@@ -41,8 +41,10 @@ class Options(GridOptions):
 RATES = (0.003, 0.01, 0.03, 0.1)
 CHAIN_RATES = (0.003, 0.01, 0.03)
 HEAD_RATES = (0.3, 1.0, 3.0, 10.0)
+BRANCH_RATES = (0.01, 0.03, 0.1, 0.3)
 SCALED_RATES = (0.003, 0.01, 0.03)
-UNSCALED_RATES = (0.3, 1.0, 3.0, 10.0)
+UNBRANCH_RATES = (0.01, 0.03, 0.1, 0.3)
+SCALED_RATES = (0.3, 1.0, 3.0, 10.0)
 """Without quantization-aware scaling gradients of integers are small, by how much nobody knows beforehand."""
 SEARCHED_SEEDS = 3
 BARE = Recipe(momentum=0.0, clip=None, clock="cpu")
@@ -67,9 +69,9 @@ RESNET18 = Case(
     *(32, 3, None, RATES, BARE),
 )
 SPARSE = Case(
-    "mobilenet_v2_0.35@128 last 25",
-    pupil(Lesson(network="mobilenet_v2_0.35", size=64, cycles=cycles(8, 3)), flowers, fresh_head=True),
-    *(128, 5, 10, RATES, BARE),
+    "mobilenet_v2_0.35@64 last 25",
+    pupil(Lesson(network="mobilenet_v2_0.35", size=64, cycles=cycles(8, 3)), drifted_cifar),
+    *(64, 5, 10, RATES, BARE),
 )
 """The last 25 convolutions are what the published 99 KB scheme lets learn."""
 
@@ -110,6 +112,11 @@ def bits(blocks: int) -> tuple[Arm, ...]:
     )
 
 
+def branches(blocks: int) -> Arm:
+    """TinyTL: lite residuals and biases of the last blocks."""
+    return replace(tinytl(blocks), method="TinyTL", rates=BRANCH_RATES)
+
+
 def sparse(name: str) -> Arm:
     """A published sparse update."""
     return Arm(f"sparse {name}", scheme(name))
@@ -142,9 +149,9 @@ ROWS: tuple[tuple[Case, Arm], ...] = (
         (CIFAR, arm)
         for arm in (plain(6), BEFORE, *int8_published(6), HEAD, *chains(6), exact(6), exact(6, scales=True))
     ),
-    *((CIFAR, arm) for arm in int8(6)),
+    *((CIFAR, arm) for arm in (*int8(6), branches(3))),
     # the last three inverted residual blocks and the convolution behind them: ten convolutions
-    *((FLOWERS, arm) for arm in (plain(10), mobiletl(3), HEAD, *chains(10)[:2], exact(10))),
+    *((FLOWERS, arm) for arm in (plain(10), mobiletl(3), exact(10), HEAD, branches(3), *chains(10)[:2])),
     *((SPARSE, arm) for arm in (plain(25), HEAD)),
     *((SPARSE, replace(exact(count), method=f"last {count}")) for count in (2, 4, 6, 9, 12)),
     *((SPARSE, sparse(f"mobilenet_v2_0.35-{size}KB")) for size in (49, 73, 99)),
