@@ -43,8 +43,7 @@ CHAIN_RATES = (0.003, 0.01, 0.03)
 HEAD_RATES = (0.3, 1.0, 3.0, 10.0)
 BRANCH_RATES = (0.01, 0.03, 0.1, 0.3)
 SCALED_RATES = (0.003, 0.01, 0.03)
-UNBRANCH_RATES = (0.01, 0.03, 0.1, 0.3)
-SCALED_RATES = (0.3, 1.0, 3.0, 10.0)
+UNSCALED_RATES = (0.3, 1.0, 3.0, 10.0)
 """Without quantization-aware scaling gradients of integers are small, by how much nobody knows beforehand."""
 SEARCHED_SEEDS = 3
 BARE = Recipe(momentum=0.0, clip=None, clock="cpu")
