@@ -12,17 +12,16 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from edgetune.bench.pretrain import Cycle, teach
 from edgetune.data import Augment, Pictures, Preprocess, batches, load_data
 from edgetune.data.dataset import decode
 from edgetune.data.digits import factory_listing
 from edgetune.models import load_model, model_card
 
 DEFAULT_OUT = Path("src/edgetune/models/weights/digits_net.safetensors")
-BATCH = 64
 
 
 def accuracy(model: nn.Module, pictures: Pictures) -> float:
@@ -34,30 +33,12 @@ def accuracy(model: nn.Module, pictures: Pictures) -> float:
 
 
 def pretrain(pictures: Pictures) -> nn.Module:
-    """Train with norms that follow their batches, then with frozen ones.
-
-    A network that only ever trained with batch statistics sits where the loss is too sharp for any usual
-    learning rate once the norms are frozen, as they are on the device; the second part leaves such places.
-    """
+    """As the benches teach a network, at more epochs and with digits kept upright."""
     torch.manual_seed(0)
     model = load_model("digits_net")
-    _cycle(model.train(), pictures, epochs=24, peak_rate=0.1, first_epoch=0)
-    _cycle(model.eval(), pictures, epochs=12, peak_rate=0.03, first_epoch=24)
+    cycles = (Cycle(epochs=24, peak_rate=0.1, frozen=False), Cycle(epochs=12, peak_rate=0.03, frozen=True))
+    teach(model, pictures, cycles, views=Augment(flip=False, shift_px=3))
     return model
-
-
-def _cycle(model: nn.Module, pictures: Pictures, epochs: int, peak_rate: float, first_epoch: int) -> None:
-    """SGD with momentum and one triangular cycle of the learning rate, over shifted views."""
-    steps = epochs * -(-len(pictures) // BATCH)
-    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, steps, anneal_strategy="linear")
-    for epoch in range(first_epoch, first_epoch + epochs):
-        for x, y in batches(pictures, BATCH, seed=0, epoch=epoch, settings=Augment(flip=False, shift_px=3)):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y, label_smoothing=0.1).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
 
 
 def main() -> None:

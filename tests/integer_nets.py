@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgetune.models.layers import Conv2dSame
-from edgetune.quantize import Quantized, quantize
+from edgetune.quantize import Quantized, QuantizedNetwork, quantize
 
 SHAPE = (2, 3, 11, 9)
 
@@ -52,3 +52,20 @@ def odd() -> tuple[nn.Module, Quantized, torch.Tensor]:
     model = with_statistics(Odd())
     pictures = torch.randn(8, *SHAPE[1:])
     return model, quantize(model, pictures.split(3)), pictures[:2]
+
+
+def kept(network: QuantizedNetwork, x: torch.Tensor) -> int:
+    """Bytes that a forward pass leaves for backward, by storage, parameters and buffers left out."""
+    own = {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers()]}
+    seen: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = network(x)
+    assert y.shape
+    return sum(seen.values())

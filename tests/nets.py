@@ -68,6 +68,40 @@ class Inverted(nn.Module):
         return self.head(self.pool(F.relu(self.even(x))))
 
 
+class Stacked(nn.Module):
+    """Blocks as submodules: one with squeeze-excite and a shortcut, one that shrinks and writes into its input."""
+
+    class Excited(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(block(6, 12, 1, act=nn.ReLU6), block(12, 12, 5, act=nn.Hardswish, groups=12))
+            self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 4, 1), nn.ReLU(), nn.Conv2d(4, 12, 1))
+            self.project = block(12, 6, 1, act=None)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.body(x)
+            return x + self.project(y * F.hardsigmoid(self.gate(y)))
+
+    class Shrinking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu, self.short = nn.ReLU(inplace=True), block(6, 8, 1, act=None, stride=2)
+            self.body = nn.Sequential(block(6, 8, stride=2), nn.Conv2d(8, 8, 3, padding=1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.relu(x)
+            return self.body(x) + self.short(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = block(3, 6, act=nn.Hardswish, stride=2)
+        self.stage, self.last = nn.Sequential(Stacked.Excited(), Stacked.Shrinking()), block(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.last(self.stage(self.stem(x))).mean([2, 3]))
+
+
 class Branching(nn.Module):
     """A branch that leaves every run (max-pool, concatenation), and an in-place ReLU whose input others read."""
 
@@ -121,4 +155,4 @@ class Untraceable(nn.Module):
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    net.__name__: net for net in (Residual, Inverted, Branching, Opaque, Untraceable)}
+    net.__name__: net for net in (Residual, Inverted, Stacked, Branching, Opaque, Untraceable)}

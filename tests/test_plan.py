@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import edgetune as et
+from edgetune import prospect
 from edgetune.errors import BudgetError, PlanError
 from edgetune.knapsack import total_of
 from edgetune.methods.backward.exact import Exact
@@ -151,3 +153,28 @@ def test_last_layers_counts_convolutions(case: tuple[nn.Module, torch.Tensor, to
     assert last_layers(graph, 2, Exact(), scales=True).learns["project.1"] == ("weight", "bias")
     with pytest.raises(PlanError, match="at most 7"):
         last_layers(graph, 8, Exact())
+
+
+def test_a_limit_that_does_not_bind_changes_nothing(planner: Planner) -> None:
+    spare_ms = between(planner, 0.5) - planner.head_ms(8)
+    assert planner.fill(2**40, spare_ms, 8) == planner.fill(None, spare_ms, 8)
+    assert planner.fill(2**40, None, 8) == planner.fill(None, None, 8)
+
+
+def test_both_limits_take_few_predictions_and_no_question_twice(planner: Planner,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass on meta is what planning of a deep network consists of."""
+    asked: list[str] = []
+    real = prospect.predicted_peak
+
+    def predicted_peak(model: nn.Module, sample: torch.Tensor, made: et.Plan, *rest: Any, **options: Any) -> int:
+        asked.append(made.model_dump_json())
+        return real(model, sample, made, *rest, **options)
+
+    monkeypatch.setattr(prospect, "predicted_peak", predicted_peak)
+    monkeypatch.setattr(planner.prospect, "_peaks", {})
+    peak = planner.prospect.measured_peak(planner.plan(Budget()))
+    for share, budget in ((0.9, 0.9), (0.5, 0.5), (0.9, 0.5)):
+        asked.clear()
+        planner.find(Budget(memory_bytes=int(share * peak), step_ms=between(planner, budget)))
+        assert len(asked) == len(set(asked)) <= 6

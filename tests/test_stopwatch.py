@@ -15,8 +15,10 @@ from torch import nn
 import edgetune as et
 from edgetune import kernels, stopwatch
 from edgetune.draft import last_layers
+from edgetune.graph import Call
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
+from edgetune.methods.backward.sparse_update import SparseUpdate, window_axis
 from edgetune.profile import profile
 from edgetune.stopwatch import Laps, Times, layer_times, samples_for
 from macs import MacClock
@@ -188,3 +190,23 @@ def test_after_too_long_every_kind_is_run_once(monkeypatch: pytest.MonkeyPatch) 
     _, times = timed(nn.Sequential(block(3, 4), nn.Flatten(), nn.Linear(1024, 2)))
     assert all(laps.learning_ms >= 0 for laps in times[METHODS[0]].values())
     assert len(rounds) == 3 * 4 * 2  # three ways to run, four segments, a second round
+
+
+def test_a_slice_takes_its_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sparse = scramble(NETS["Inverted"]()), SparseUpdate(ratio=0.5)
+    before = dict(model.named_parameters())
+    graph = et.trace(model, torch.zeros(1, 3, 16, 16))
+    with MacClock(monkeypatch):
+        times = layer_times(model, graph, {own: last_layers(graph, None, own) for own in (Exact(), sparse)}, 2)
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}
+    for call in graph.layers("conv"):
+        exact, own = times[Exact()][call.node], times[sparse][call.node]
+        assert own.passing_ms == pytest.approx(exact.passing_ms)
+        channels = _channels(call)
+        share = 1 if sparse.refuse(call) else max(1, round(0.5 * channels)) / channels
+        assert own.learning_ms - own.passing_ms == pytest.approx(share * (exact.learning_ms - exact.passing_ms))
+
+
+def _channels(call: Call) -> int:
+    assert call.geometry is not None
+    return window_axis(call.geometry)[1]

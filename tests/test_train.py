@@ -429,6 +429,20 @@ class TestSteps:
         for small, large in zip(*gradients, strict=True):
             torch.testing.assert_close(small, large, rtol=1e-10, atol=1e-14)
 
+    def test_updates_as_they_come_are_the_same_run(self, start: Start, tmp_path: Path) -> None:
+        for name, early in (("together", False), ("early", True)):
+            start(tmp_path / name, clip_norm=None, update_as_it_comes=early)
+        together, early = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("together", "early"))
+        assert all(torch.equal(tensor, early[key]) for key, tensor in together.items())
+
+    def test_updates_as_they_come_are_refused_where_gradients_add_up(self, start: Start, tmp_path: Path) -> None:
+        with pytest.raises(RunError, match="the norm of all gradients is not known"):
+            start(tmp_path / "a", update_as_it_comes=True)
+        with pytest.raises(PlanError, match="adds up gradients of 3 pictures at a time"):
+            start(tmp_path / "b", plan=plan_for(network(), 3), clip_norm=None, update_as_it_comes=True)
+        with pytest.raises(DivergedError):
+            start(tmp_path / "c", learning_rate=1e30, clip_norm=None, update_as_it_comes=True)
+
     def test_a_micro_batched_run_is_the_same_run(
         self, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

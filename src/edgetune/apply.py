@@ -1,21 +1,24 @@
 """model, Plan -> model': swap the backward pass in place, before DistributedDataParallel and the optimizer are made.
 
-Parameters, state_dict keys and module types stay as they are. The model's `forward` is routed through code generated
-from its own graph, in which the planned segments are single calls; without gradients the original forward runs.
+First methods rewrite the blocks that the plan gives to them, and the network is traced anew. Parameters, state_dict
+keys and module types stay, beside what a rewriting adds. The model's `forward` is routed through code generated from
+its own graph, in which the planned segments are single calls; without gradients the original forward runs.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from edgetune.contract import LayerMethod, Plan, Segment, SegmentMethod, one_call, qualified
+from edgetune.blocks import as_block
+from edgetune.contract import LayerMethod, Method, Plan, Segment, SegmentMethod, one_call, qualified
 from edgetune.errors import PlanError, Refusal
-from edgetune.graph import Call, Graph, carries_hooks, trace
+from edgetune.graph import Call, Graph, carries_hooks, rerouted, trace
 from edgetune.hosts.conv import ConvRule
 from edgetune.hosts.pointwise import exact_rule
 from edgetune.methods.backward.exact import Exact
@@ -35,6 +38,9 @@ class Undo:
         """One more thing to take back; the last is taken back first."""
         self._steps.append(step)
 
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
     def __call__(self) -> None:
         while self._steps:
             self._steps.pop()()
@@ -43,16 +49,20 @@ class Undo:
 def apply(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
     """Make `model` train as `plan` says, in place; returns the undo.
 
-    Only what the plan lists learns; batch norms keep their running statistics. `graph` saves tracing anew.
-    Raises PlanError for layers that the model does not have, Refusal for layers that a method cannot take.
+    Only what the plan lists learns; batch norms keep their running statistics. Blocks that `rewrite` has changed before
+    stay so when this is undone. `graph` saves tracing anew. Raises PlanError for layers that the model does not have,
+    Refusal for layers that a method cannot take.
     """
     if "_edgetune" in model.__dict__:
         raise PlanError("a plan is applied to this model already: call its undo first")
     graph = graph or trace(model, _zeros(model, plan.input_shape))
-    _check(model, graph, plan)
-    graph = _without_hooked(model, graph)
-    undo = Undo()
+    _check_layers(model, graph, plan)
+    undo = rewrite(model, plan, graph)
     try:
+        if undo:
+            graph = trace(model, _zeros(model, graph.input_shape))
+        _check_learned(model, plan)
+        graph = _without_hooked(model, graph)
         graph = _prepare(model, graph, plan, undo)
         _choose_what_learns(model, plan, undo)
         _freeze_statistics(model, undo)
@@ -66,6 +76,81 @@ def apply(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
         undo()
         raise
     return undo
+
+
+@contextmanager
+def prepared(model: nn.Module, graph: Graph, plan: Plan) -> Iterator[Graph]:
+    """The graph that knows of the parameters which learn in place of a layer's own; inside, the model has them."""
+    undo = Undo()
+    try:
+        yield _prepare(model, graph, plan, undo)
+    finally:
+        undo()
+
+
+def rewrite(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
+    """Give `model` the blocks that the plan's methods make of its own, in place, and nothing else; returns the undo.
+
+    So a network takes the weights of a run whose plan rewrote it. What is rewritten already is left as it is.
+    Raises PlanError and Refusal as `apply` does.
+    """
+    undo, wanted = Undo(), {}
+    for name, stack in plan.rewritten().items():
+        done = _module(model, name).__dict__.get(_REWRITTEN, stack)
+        if done != stack:
+            raise PlanError(f"the plan rewrites block '{name}', which another plan has rewritten: undo that one first")
+        if _REWRITTEN not in _module(model, name).__dict__:
+            wanted[name] = stack
+    if not wanted:
+        return undo
+    if rerouted(model) is not None:
+        raise Refusal(min(wanted), "is to be rewritten, but the frozen part of its network is in integers already",
+                      "rewrite its blocks first (`edgetune.apply.rewrite`), then put the integers in place")
+    graph = graph or trace(model, _zeros(model, plan.input_shape))
+    _check_layers(model, graph, plan.model_copy(update={"layers": wanted}))
+    try:
+        for name, stack in wanted.items():
+            module, block = _module(model, name), as_block(graph, name)
+            assert block is not None
+            for method in stack:
+                undo.add(method.rewrite(module, block))
+            undo.add(_mark(module, stack))
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+_REWRITTEN = "_edgetune_rewritten"
+
+
+def _mark(module: nn.Module, stack: tuple[Method, ...]) -> Callable[[], None]:
+    module.__dict__[_REWRITTEN] = stack
+
+    def unmark() -> None:
+        del module.__dict__[_REWRITTEN]
+    return unmark
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as failure:
+        raise _unknown(name) from failure
+
+
+def _unknown(layer: str) -> PlanError:
+    return PlanError(f"the plan speaks of layer '{layer}', which this model does not have or does not call: "
+                     "make a plan for this very model with `edgetune plan`")
+
+
+def trace_rewritten(model: nn.Module, plan: Plan, sample: torch.Tensor) -> Graph:
+    """The graph of the network that the plan makes of `model`, which stays as it is."""
+    undo = rewrite(model, plan)
+    try:
+        return trace(model, sample)
+    finally:
+        undo()
 
 
 def claim(graph: Graph, plan: Plan) -> list[Segment]:
@@ -109,7 +194,8 @@ def _zeros(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.zeros(shape, device=first.device, dtype=first.dtype)
 
 
-def _check(model: nn.Module, graph: Graph, plan: Plan) -> None:
+def _check_layers(model: nn.Module, graph: Graph, plan: Plan) -> None:
+    """Refuse what the plan gives to layers or blocks that cannot take it."""
     calls = {call.name: call for call in graph.calls if call.params}
     hooked = _hooked(model)
     for layer, stack in plan.layers.items():
@@ -117,13 +203,23 @@ def _check(model: nn.Module, graph: Graph, plan: Plan) -> None:
             raise Refusal(layer, "carries hooks, which a planned backward pass would leave out",
                           "remove the hooks first, or take the layer out of the plan")
         if layer not in calls:
-            raise PlanError(f"the plan speaks of layer '{layer}', which this model does not have or does not call: "
-                            "make a plan for this very model with `edgetune plan`")
+            _module(model, layer)
+            calls |= {layer: block} if (block := as_block(graph, layer)) else {}
         for method in stack:
+            if layer not in calls:
+                raise _no_block(layer) if method.rewrites else _unknown(layer)
             reason = method.refuse(calls[layer])
             if reason is not None:
                 head, _, way_out = reason.partition(": ")
                 raise Refusal(layer, head, way_out or "leave it out of the plan")
+
+
+def _no_block(name: str) -> Refusal:
+    return Refusal(name, "is no part of the network that takes one map and gives one",
+                   "name a block of convolutions, or leave it out of the plan")
+
+
+def _check_learned(model: nn.Module, plan: Plan) -> None:
     missing = plan.listed() - {name for name, _ in model.named_parameters()}
     if missing:
         raise PlanError(f"the plan trains '{sorted(missing)[0]}', which is no parameter of this model: "

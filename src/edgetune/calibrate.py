@@ -1,9 +1,10 @@
-"""What learning a layer is worth, and how faithful a method's gradient is to the exact one, from one batch."""
+"""What learning a layer is worth, and what of that a method gains, from one batch."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgetune.apply import apply
-from edgetune.contract import Method, Plan
+from edgetune.contract import Method, Plan, qualified
+from edgetune.draft import draft, last_layers
 from edgetune.graph import Graph
 from edgetune.methods.backward.exact import Exact
 
@@ -19,30 +21,58 @@ Gradients = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Gauge:
+    """One method on a network, by layer: `own`, its settings there; `share`, that of the squared exact gradient which
+    lies in the part of the weight that learns; `fidelity`, the cosine between the method's gradient of that part, all
+    layers using the method, and the exact one. Layers that it refuses have no settings: they are exact meanwhile."""
+
+    own: Mapping[str, Method]
+    share: Mapping[str, float]
+    fidelity: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """`importance[layer]`: squared norm of the exact gradient (Fisher-style); `fidelity[method][layer]`: cosine
-    between the method's gradient, all layers using it, and the exact one."""
+    """`importance[layer]`: squared norm of the exact gradient (Fisher-style); a gauge of each method."""
 
-    importance: dict[str, float]
-    fidelity: dict[Method, dict[str, float]]
+    importance: Mapping[str, float]
+    gauges: Mapping[Method, Gauge]
 
 
-def calibrate(model: nn.Module, graph: Graph, batch: tuple[torch.Tensor, torch.Tensor], plans: Sequence[Plan],
+def calibrate(model: nn.Module, graph: Graph, batch: tuple[torch.Tensor, torch.Tensor],
               methods: Sequence[Method], chunk: int = 8) -> Calibration:
     """Compare each method's weight gradients with the exact ones on the batch x (n c h w), y (n).
 
-    `plans` are whole-network plans, one a method. The model itself is left untouched; `chunk` samples go through at a
+    A method of which only a part of the weight learns has that part where the exact gradient is largest. Methods that
+    say to be exact on this network are not run. The model itself is left untouched; `chunk` samples go through at a
     time, so that a small device can calibrate too.
     """
-    exact = next(plan for plan, method in zip(plans, methods, strict=True) if isinstance(method, Exact))
-    reference = _gradients(model, graph, batch, exact, chunk)
-    importance = {layer: float(g.square().sum()) for layer, g in reference.items()}
-    fidelity: dict[Method, dict[str, float]] = {}
-    for plan, method in zip(plans, methods, strict=True):
-        found = reference if plan is exact else _gradients(model, graph, batch, plan, chunk)
-        fidelity[method] = {layer: float(F.cosine_similarity(found[layer].flatten(), g.flatten(), 0))
-                            for layer, g in reference.items()}
-    return Calibration(importance, fidelity)
+    reference = _gradients(model, graph, batch, last_layers(graph, None, Exact()), chunk)
+    importance = {layer: _energy(g) for layer, g in reference.items()}
+    return Calibration(importance, {method: _gauge(model, graph, batch, method, reference, chunk)
+                                    for method in methods})
+
+
+def _gauge(model: nn.Module, graph: Graph, batch: tuple[torch.Tensor, torch.Tensor], method: Method,
+           reference: Gradients, chunk: int) -> Gauge:
+    own, parts = dict[str, Method](), dict(reference)
+    for call in graph.layers("conv"):
+        if call.name in reference and call.geometry is not None and method.refuse(call) is None:
+            own[call.name] = method.placed(reference[call.name], call.geometry)
+            parts[call.name] = own[call.name].part(reference[call.name], call.geometry)
+    share = {layer: min(_energy(parts[layer]) / max(_energy(reference[layer]), sys.float_info.min), 1.0)
+             for layer in own}
+    if method.exact_on(graph):
+        return Gauge(own, share, dict.fromkeys(parts, 1.0))
+    convs = graph.layers("conv")
+    settings = {call.node: own[call.name] for call in convs if call.name in own}
+    found = _gradients(model, graph, batch, draft(graph, settings, frozenset(call.node for call in convs)), chunk)
+    return Gauge(own, share, {layer: float(F.cosine_similarity(found[layer].flatten(), part.flatten(), 0))
+                              for layer, part in parts.items()})
+
+
+def _energy(gradient: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
 
 
 def drawn_labels(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -58,7 +88,7 @@ def drawn_labels(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _gradients(model: nn.Module, graph: Graph, batch: tuple[torch.Tensor, torch.Tensor], plan: Plan,
                chunk: int) -> Gradients:
-    """Weight gradients of the convolutions on the whole batch, on a copy of the model."""
+    """Gradients of what learns of the convolutions' weights on the whole batch, on a copy of the model."""
     twin = copy.deepcopy(model)
     apply(twin, plan, graph)
     twin.eval()
@@ -67,5 +97,7 @@ def _gradients(model: nn.Module, graph: Graph, batch: tuple[torch.Tensor, torch.
         part = slice(start, start + chunk)
         loss = F.cross_entropy(twin(x[part]), y[part], reduction="sum") / len(x)
         loss.backward()
-    weights = {call.params["weight"]: call.name for call in graph.layers("conv")}
-    return {weights[name]: p.grad for name, p in twin.named_parameters() if name in weights and p.grad is not None}
+    learners = {call.params["weight"]: call.name for call in graph.layers("conv")}
+    learners |= {qualified(layer, other): layer for layer in set(learners.values())
+                 for role, other in plan.stand_ins(layer).items() if role == "weight"}
+    return {learners[name]: p.grad for name, p in twin.named_parameters() if name in learners and p.grad is not None}

@@ -40,6 +40,8 @@ class Method(Frozen):
     forward_is: ClassVar[Literal["identical", "bounded", "changed"]] = "identical"
     learns_as: ClassVar[Mapping[str, str]] = {}
     """Role -> the role that learns in its place: a parameter that `prepare` gives to the layer."""
+    rewrites: ClassVar[bool] = False
+    """Whether the plan gives it to blocks (see `edgetune.blocks`), whose layers `rewrite` changes."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -58,6 +60,35 @@ class Method(Frozen):
     def refuse(self, call: Call) -> str | None:
         """Why this layer cannot be taken, as "reason: way out", or None."""
         return None
+
+    @property
+    def label(self) -> str:
+        """The method and what matters of its settings, in a few words for tables and legends."""
+        return self.method.replace("_", " ")
+
+    def exact_on(self, graph: Graph) -> bool:
+        """Whether on this network every gradient that the method computes is the exact one, or a part of it."""
+        return False
+
+    def part(self, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+        """What of weight (o i u v) learns: a view of it, all of it unless another parameter learns in its place."""
+        return weight
+
+    def placed(self, worth: torch.Tensor, geometry: ConvGeometry) -> Method:
+        """The same method, its part where `worth` (o i u v), such as a weight or its gradient, has most energy."""
+        return self
+
+    def rewrite(self, module: nn.Module, block: Call) -> Callable[[], None]:
+        """Change the layers of a block, before the network is traced for its plan; returns the way back.
+
+        What was there keeps its names and its answer. Copies of the model compute with their own parameters.
+        """
+        raise TypeError(f"method '{self.method}' declares no rewrite")
+
+    def last_blocks(self, graph: Graph, count: int | None) -> Plan:
+        """The plan in which the last `count` blocks (None: all) learn by these settings."""
+        raise PlanError(f"method '{self.method}' is given to convolutions, not to blocks: say how many of the last "
+                        "ones learn with --last")
 
     def prepare(self, module: nn.Module, call: Call) -> Callable[[], None]:
         """Give a layer the parameters of `learns_as`, before anything is routed; returns the way back."""
@@ -150,7 +181,7 @@ class SegmentMethod(Method):
 class Plan(Record):
     """Which layers learn, and how each one's gradient is computed: a file a person can read, diff and edit.
 
-    `layers` maps a layer to its stack of method settings, `learns` a layer to the parameters that train
+    `layers` maps a layer, or a block, to its stack of method settings, `learns` a layer to the parameters that train
     (weight, bias); what is in neither is frozen. `micro_batch` samples go through at a time, None meaning all.
     """
 
@@ -173,6 +204,11 @@ class Plan(Record):
     def settings(self, layer: str, family: type[Method]) -> Method | None:
         """The settings of `family` (a class) that the plan gives to a layer, or None."""
         return next((m for m in self.layers.get(layer, ()) if isinstance(m, family)), None)
+
+    def rewritten(self) -> dict[str, tuple[Method, ...]]:
+        """The blocks that methods rewrite, with those methods."""
+        stacks = {name: tuple(m for m in stack if m.rewrites) for name, stack in self.layers.items()}
+        return {name: stack for name, stack in stacks.items() if stack}
 
     def listed(self) -> frozenset[str]:
         """Qualified names of the parameters under `learns`."""

@@ -26,7 +26,11 @@ def last_layers(graph: Graph, count: int | None, method: Method, *, scales: bool
 
 def draft(graph: Graph, settings: Mapping[str, Method], learning: frozenset[str], scales: bool = False) -> Plan:
     """The plan in which the convolutions `learning` learn, and all behind them that is cheap learns too; every
-    convolution behind the first passes its gradient on by its `settings` (both by node)."""
+    convolution behind the first passes its gradient on by its `settings` (both by node).
+
+    Norms learn their shift, and their scale only with `scales`: also those that close a block, which by `last_blocks`
+    of mobiletl learn theirs.
+    """
     first = next((i for i, call in enumerate(graph.calls) if call.node in learning), len(graph.calls))
     layers: dict[str, tuple[Method, ...]] = {}
     learns: dict[str, tuple[str, ...]] = {}

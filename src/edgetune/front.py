@@ -61,7 +61,8 @@ def front(planner: Planner, budget: Budget, chosen: Found | None = None, points:
 def point(planner: Planner, found: Found) -> Point:
     """What a choice that was timed costs and gains."""
     prospect, micro = planner.prospect, found.made.micro_batch or planner.batch
-    learning = sum(pick is not None and pick < len(prospect.methods) for pick in found.picked)
+    learning = sum(pick is not None and options[pick].learns
+                   for options, pick in zip(prospect.options, found.picked, strict=True))
     return Point(memory_bytes=prospect.predicted_peak(found.made, micro),
                  step_ms=planner.head_ms(micro) + found.total.ms,
                  benefit=found.total.gain / (prospect.most_gain or 1.0), learning=learning, micro_batch=micro)

@@ -6,6 +6,7 @@ let go of. Behind it the network is what it was, reads the dequantised map, and 
     front = integer_front(model, plan, batches)      the model stays as it is
     install(model, front)                            in place; then apply(model, front.left_over(plan))
 
+A plan that rewrites blocks comes first: `apply.rewrite`, then `install`.
 A new way to hold the frozen part is a new `install` with its module.
 """
 
@@ -25,7 +26,7 @@ from edgetune.apply import apply
 from edgetune.cache.cut import copy_nodes, find_cut, tensors_read
 from edgetune.contract import Plan
 from edgetune.errors import ModelError, Refusal, RunError, WeightsError
-from edgetune.graph import Rewritten, evaluating, follow, rewrite, rewritten, tensor_of
+from edgetune.graph import Rerouted, evaluating, follow, reroute, rerouted, tensor_of
 from edgetune.quantize import Quantized, QuantizedNetwork, quantize
 from edgetune.recognise import IntegerLayer
 from edgetune.record import Record
@@ -89,6 +90,8 @@ class IntegerFront(IntegerLayer):
     def __init__(self, front: Front) -> None:
         super().__init__()
         self.network = QuantizedNetwork(front.quantized).requires_grad_(False)
+        for conv in self.network.convs():
+            del conv.gain  # only training reads it
         self.shape, self.digest = front.part.shape, front.part.digest
         maps = [layer.shape for layer in front.quantized.graph.layers if layer.op != "linear"]
         largest = max(torch.Size(shape).numel() for shape in (front.quantized.graph.input_shape[1:], *maps))
@@ -151,7 +154,7 @@ def install(model: nn.Module, front: Front) -> None:
     device = next(model.parameters()).device
     model.add_module(NAME, IntegerFront(front).to(device).train(model.training))
     model.__dict__[_TAKEN] = [_take(model, name) for name in sorted(splits[False].only_ahead)]
-    rewrite(model, Rewritten(graphs, splits[False].opaque))
+    reroute(model, Rerouted(graphs, splits[False].opaque))
     model.forward = types.MethodType(_forward_by({mode: compiled(model, g) for mode, g in graphs.items()}), model)
 
 
@@ -159,7 +162,7 @@ def remove(model: nn.Module) -> None:
     """Give a network its frozen float tensors back, without their numbers: load them next."""
     device = next(model.parameters()).device
     delattr(model, NAME)
-    rewrite(model, None)
+    reroute(model, None)
     del model.__dict__["forward"]
     for put_back in model.__dict__.pop(_TAKEN):
         put_back(model, device)
@@ -179,7 +182,7 @@ def restore(model: nn.Module, path: Path, part: FrozenPart | None) -> Front | No
 
 def has_front(model: nn.Module) -> bool:
     """Whether the frozen part of a network is in integers."""
-    return rewritten(model) is not None
+    return rerouted(model) is not None
 
 
 _TAKEN = "_edgetune_taken"

@@ -28,7 +28,7 @@ class Call(Record):
 
     `kind` is conv, linear, norm, activation, max_pool, mean, add, scale, subsample (every n-th pixel), pad (zero
     channels), dropout, flatten, input, output, opaque or other; `function` names the torch function; `params` maps a
-    role (weight, bias, running_mean ...) to a qualified name.
+    role (weight, bias, running_mean ...) to a qualified name. `scope` is the submodule whose forward makes the call.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Call(Record):
     attributes: dict[str, float | int | bool | str | None] = {}
     in_place: bool = False
     followed: bool = True
+    scope: str = ""
 
     @property
     def macs(self) -> int:
@@ -103,10 +104,12 @@ class LayerTracer(fx.Tracer):
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
-        before = len(self.graph.nodes)
+        before, stack = len(self.graph.nodes), dict(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as failure:
+            self.module_stack.clear()
+            self.module_stack.update(stack)
             # whatever a person's forward may raise on a proxy: the call is kept whole, and the reason with it
             for node in reversed(list(self.graph.nodes)[before:]):
                 self.graph.erase_node(node)
@@ -115,33 +118,33 @@ class LayerTracer(fx.Tracer):
 
 
 @dataclass(frozen=True)
-class Rewritten:
+class Rerouted:
     """What a network computes by mode (training or not), where that is no longer what its class says."""
 
     graphs: Mapping[bool, fx.Graph]
     opaque: Mapping[str, str]
 
 
-_REWRITTEN = "_edgetune_rewritten"
+_REROUTED = "_edgetune_rerouted"
 
 
-def rewrite(model: nn.Module, by: Rewritten | None) -> None:
+def reroute(model: nn.Module, by: Rerouted | None) -> None:
     """Let `follow` give another dataflow for `model` than its class's; None takes that back."""
     if by is None:
-        del model.__dict__[_REWRITTEN]
+        del model.__dict__[_REROUTED]
     else:
-        model.__dict__[_REWRITTEN] = by
+        model.__dict__[_REROUTED] = by
 
 
-def rewritten(model: nn.Module) -> Rewritten | None:
-    """What `rewrite` said of a model."""
-    by: Rewritten | None = model.__dict__.get(_REWRITTEN)
+def rerouted(model: nn.Module) -> Rerouted | None:
+    """What `reroute` said of a model."""
+    by: Rerouted | None = model.__dict__.get(_REROUTED)
     return by
 
 
 def follow(model: nn.Module) -> tuple[fx.Graph | None, dict[str, str]]:
     """The dataflow of `model` as an `fx` graph, or None with the reason under the name ''."""
-    by = rewritten(model)
+    by = rerouted(model)
     if by is not None:
         return copy.deepcopy(by.graphs[model.training]), dict(by.opaque)
     tracer = LayerTracer()
@@ -217,8 +220,15 @@ class _Recorder(fx.Interpreter):
             facts = describe_method(n, given)
         else:
             facts = describe_function(n, given)
+        facts["scope"] = _scope(n)
         return _make_call(self.model, facts.pop("name", n.name), n.name,
                           tuple(a.name for a in n.all_input_nodes if a.op != "get_attr"), given, out, facts)
+
+
+def _scope(node: fx.Node) -> str:
+    """The submodule whose forward makes a call; for the call of a module, the one that calls it."""
+    stack = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+    return next((name for name in reversed(stack) if node.op != "call_module" or name != node.target), "")
 
 
 def _make_call(model: nn.Module, name: str, node: str, inputs: tuple[str, ...], given: list[torch.Tensor],

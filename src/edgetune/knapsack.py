@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +92,7 @@ def _search(layers: Sequence[Sequence[Choice]], room: tuple[float, float],
             cells: tuple[int, int]) -> tuple[float, list[int | None]]:
     labels, steps = _nothing(1), list[Labels]()
     for choices in layers:
-        labels = _thinned(_grown(labels, choices, room), room, cells)
+        labels = _thinned(_grown(labels, _worth_trying(choices, room), room), room, cells)
         steps.append(labels)
     at = int(labels.gain.argmax())
     gain, picked = float(labels.gain[at]), list[int | None]([None] * len(layers))
@@ -112,11 +112,26 @@ def _nothing(count: int) -> Labels:
     return Labels(zeros, zeros, zeros, whole, whole - 1, np.zeros(count, dtype=bool))
 
 
-def _grown(labels: Labels, choices: Sequence[Choice], room: tuple[float, float]) -> Labels:
+def _worth_trying(choices: Sequence[Choice], room: tuple[float, float]) -> dict[int, Choice]:
+    """The choices, by index, without those to which another is never inferior, by what is limited."""
+    taken: dict[int, Choice] = {}
+    for index, one in sorted(enumerate(choices), key=lambda item: (-item[1].gain, -item[1].passes, item[0])):
+        if not any(_serves_for(other, one, room) for other in taken.values()):
+            taken[index] = one
+    return dict(sorted(taken.items()))
+
+
+def _serves_for(other: Choice, one: Choice, room: tuple[float, float]) -> bool:
+    light = other.weight_bytes <= one.weight_bytes or math.isinf(room[0])
+    quick = (other.ms <= one.ms and other.first_ms <= one.first_ms) or math.isinf(room[1])
+    return light and quick and other.gain >= one.gain and other.passes >= one.passes and other.learns >= one.learns
+
+
+def _grown(labels: Labels, choices: Mapping[int, Choice], room: tuple[float, float]) -> Labels:
     """Every label with every choice behind it, every choice as the first that learns, and nothing; if it fits."""
     parts = [_nothing(1)]
     behind = np.arange(1, len(labels.gain))
-    for index, choice in enumerate(choices):
+    for index, choice in choices.items():
         rows = np.concatenate([[0], behind]) if choice.learns else behind
         first = rows == 0
         gain = choice.gain + choice.passes * labels.gain[rows]  # label 0 has no gain to pass

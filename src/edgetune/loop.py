@@ -24,6 +24,7 @@ from edgetune.data import Dataset, batches, generator_for
 from edgetune.errors import DivergedError, RunError
 from edgetune.record import Record
 from edgetune.run import Epoch, Settings, device_of, evaluate, fill, read_tensors, write_tensors
+from edgetune.update import as_it_comes
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -164,8 +165,6 @@ class Leg:
         for forward, x, y in self._batches(epoch):
             began = time.perf_counter()
             loss = self._step(forward, x, y)
-            self.whole = False
-            self.optimizer.step()
             self.at = Position(
                 step=self.at.step + 1,
                 epochs=self.at.epochs,
@@ -190,18 +189,45 @@ class Leg:
             yield self.model, x, y
 
     def _step(self, forward: Forward, x: torch.Tensor, y: torch.Tensor) -> float:
-        """The gradients of one batch, clipped; raises DivergedError before they can spoil the weights."""
+        """One batch; raises DivergedError before a gradient that is no number can spoil a weight."""
         device = device_of(self.model)
         torch.manual_seed(generator_for("step", self.settings.seed, self.at.step).initial_seed())  # dropout
-        self.optimizer.zero_grad()
-        loss = accumulate(forward, x.to(device), y.to(device), self.micro_batch)
-        norm = nn.utils.clip_grad_norm_(self.learned.values(), self.settings.clip_norm)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            where = f"step {self.at.step + 1} of {self.total}"
-            raise DivergedError(f"the loss or its gradient is not a number at {where}")
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(self.at.step, self.total, self.settings)
+        self.optimizer.zero_grad()
+        update = self._update_as_it_comes if self.settings.update_as_it_comes else self._update
+        return update(forward, x.to(device), y.to(device))
+
+    def _update(self, forward: Forward, x: torch.Tensor, y: torch.Tensor) -> float:
+        """All gradients, clipped, and then the step."""
+        loss = accumulate(forward, x, y, self.micro_batch)
+        grads = [p.grad for p in self.learned.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        self._check(math.isfinite(loss) and math.isfinite(norm))
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.learned.values(), self.settings.clip_norm, norm)
+        self.whole = False
+        self.optimizer.step()
         return loss
+
+    def _update_as_it_comes(self, forward: Forward, x: torch.Tensor, y: torch.Tensor) -> float:
+        """The step of each parameter within backward."""
+
+        def one(parameter: nn.Parameter) -> None:
+            assert parameter.grad is not None
+            self._check(bool(parameter.grad.isfinite().all()))
+            self.optimizer.step()
+
+        self.whole = False
+        with as_it_comes(self.model, one):
+            loss = accumulate(forward, x, y, len(x))
+        self._check(math.isfinite(loss))
+        return loss
+
+    def _check(self, sound: bool) -> None:
+        if not sound:
+            where = f"step {self.at.step + 1} of {self.total}"
+            raise DivergedError(f"the loss or its gradient is not a number at {where}")
 
     def cached(self) -> CacheUse | None:
         """What the features have done so far."""

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from edgetune.contract import Segment
 from edgetune.graph import Graph, follow
@@ -26,6 +25,7 @@ from edgetune.hosts.cursor import current_call, working_on
 from edgetune.kernels import status
 from edgetune.kernels.native import SUFFIX
 from edgetune.kernels.schema import OPS
+from edgetune.outcome import foreseen, tensors_in
 from edgetune.route import routed_graph
 from edgetune.scratch import scratch_bytes
 
@@ -49,8 +49,6 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
-        if self.device.type == "cpu" and args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes + scratch_bytes(func, args))
         out = self._run(func, args, kwargs or {})
         given = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(out):
@@ -59,14 +57,23 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
-            if func.namespace == "edgetune" and not _native(self.device, args[0].dtype):
-                with self:  # what the fallback needs on the way is allocated too
-                    return OPS[func._schema.name.split("::")[1]].fallback(*args, **kwargs)
-            if func is aten.native_batch_norm.default and not args[5] and self.device.type == "cpu":
+        if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_meta:
+            return func(*args, **kwargs)
+        if func.namespace == "edgetune" and not _native(self.device, args[0].dtype):
+            with self:  # what the fallback needs on the way is allocated too
+                return OPS[func._schema.name.split("::")[1]].fallback(*args, **kwargs)
+        on_cpu = self.device.type == "cpu"
+
+        def run() -> Any:
+            if func is aten.native_batch_norm.default and not args[5] and on_cpu:
                 # on a CPU a norm in evaluation saves no batch statistics; on meta it does, 8 bytes a channel
                 return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
-        return func(*args, **kwargs)
+            return func(*args, **kwargs)
+
+        out, scratch = foreseen(func, args, kwargs, (on_cpu, torch._C._get_mkldnn_enabled()), run,
+                                lambda: scratch_bytes(func, args) if on_cpu else 0)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes + scratch)
+        return out
 
     def _allocated(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -80,9 +87,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
-            yield leaf.untyped_storage()
+    return (tensor.untyped_storage() for tensor in tensors_in(tree) if tensor.layout == torch.strided)
 
 
 def _native(device: torch.device, dtype: torch.dtype) -> bool:

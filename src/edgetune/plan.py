@@ -16,18 +16,24 @@ from edgetune.contract import Method, Plan
 from edgetune.draft import last_layers
 from edgetune.errors import BudgetError
 from edgetune.methods.backward.exact import Exact
+from edgetune.methods.backward.mobiletl import MobileTL
 from edgetune.methods.backward.pooled_chain import PooledChain
+from edgetune.methods.backward.sparse_update import SparseUpdate
 from edgetune.prospect import Found, Prospect
 from edgetune.record import Record
 from edgetune.stopwatch import Progress
 from edgetune.units import format_bytes, format_ms
 
-DEFAULT_METHODS: tuple[Method, ...] = (Exact(), PooledChain(patch_px=2), PooledChain(patch_px=4),
-                                       PooledChain(patch_px=7))
+DEFAULT_METHODS: tuple[Method, ...] = (
+    Exact(), MobileTL(), SparseUpdate(ratio=1 / 2), SparseUpdate(ratio=1 / 4), SparseUpdate(ratio=1 / 8),
+    PooledChain(patch_px=2), PooledChain(patch_px=4), PooledChain(patch_px=7))
+"""What is weighed for every layer; what equals a simpler method on a network falls away there."""
 MARGIN = 0.97
 """Share of the budget that a prediction may fill: predicted and measured peaks differ by less than the rest."""
 NEAR = 0.8
 """A larger micro-batch is taken where it gains at least this share of what the best one does."""
+ENOUGH = 0.9999
+"""Memory is not filled further where so much is gained of what could be with all the memory there is."""
 ROUNDS, TIMED_ROUNDS = 6, 4
 """How many plans are tried by a real step, at most: for its memory, for its time."""
 
@@ -144,8 +150,9 @@ class Planner:
 
     def fill(self, allowed_bytes: int | None, spare_ms: float | None, micro: int, timed: bool = False) -> Found:
         """Solve, predict the peak, and give back or take away until the memory is filled and never exceeded."""
-        if allowed_bytes is None:
-            return self.prospect.solve(None, spare_ms, micro, timed)
+        free = self.prospect.solve(None, spare_ms, micro, timed)
+        if allowed_bytes is None or self.prospect.predicted_peak(free.made, micro) <= allowed_bytes:
+            return free
         best = self.prospect.nothing(micro)
         capacity = allowed_bytes - self.prospect.predicted_peak(best.made, micro)
         for _ in range(ROUNDS):
@@ -155,9 +162,7 @@ class Planner:
             spare = allowed_bytes - self.prospect.predicted_peak(found.made, micro)
             if spare >= 0 and found.total.gain >= best.total.gain:
                 best = found
-            if 0 <= spare < 0.05 * allowed_bytes:
-                break
-            if spare >= 0 and found.made == self.prospect.solve(2 * capacity, spare_ms, micro, timed).made:
+            if 0 <= spare < 0.05 * allowed_bytes or (spare >= 0 and best.total.gain >= ENOUGH * free.total.gain):
                 break
             capacity += spare if spare >= 0 else int(1.05 * spare)
         return best

@@ -10,7 +10,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -19,12 +19,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from edgetune.allocator import peak_during
-from edgetune.apply import apply
+from edgetune.apply import apply, rewrite
 from edgetune.contract import Plan
 from edgetune.graph import Graph, trace
 from edgetune.meter import LOSS, Account, Ledger, keep_book
 from edgetune.recognise import INTEGERS
 from edgetune.record import Record
+from edgetune.update import as_it_comes
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 
@@ -67,35 +68,44 @@ class Cost(Record):
 
 
 def profile(model: nn.Module, sample: torch.Tensor, plan: Plan | None = None, *,
-            optimizer_copies: int = 1, graph: Graph | None = None) -> Cost:
+            optimizer_copies: int = 1, graph: Graph | None = None, update_as_it_comes: bool = False) -> Cost:
     """Predict a training step of `model` on a batch like `sample` x (n c h w), without computing it.
 
     With a plan, of the model with the plan applied, in its micro-batches; without, of plain autograd for
     everything that requires a gradient. Norms use their running statistics either way. The optimizer holds
-    `optimizer_copies` numbers a learned parameter (SGD with momentum: 1, Adam: 2). The model is neither run
-    nor changed; `graph` saves tracing anew. Raises ModelError when the model cannot run on meta tensors of
-    that shape, PlanError or Refusal as `apply` does.
+    `optimizer_copies` numbers a learned parameter (SGD with momentum: 1, Adam: 2). With `update_as_it_comes` each
+    gradient goes as soon as it is complete (see `edgetune.update`). The model is neither run nor changed; `graph`
+    saves tracing anew. Raises ModelError when the model cannot run on meta tensors of that shape, PlanError or
+    Refusal as `apply` does.
     """
     batch = sample.shape[0]
     with _shadowed(model, sample, plan, graph) as (shadow, graph, x, device):
         accounts = keep_book(shadow, graph, x, _on_labels(None, F.cross_entropy), device)
-        peak = _simulated_peak(shadow, x, batch, device)
+        with _freed(shadow, update_as_it_comes):
+            peak = _simulated_peak(shadow, x, batch, device)
         return _cost(shadow, graph, accounts, (batch, x.shape[0]), peak, optimizer_copies, None)
 
 
 def predicted_peak(model: nn.Module, sample: torch.Tensor, plan: Plan, graph: Graph, *,
                    optimizer_copies: int = 1) -> int:
-    """`profile(...).peak_bytes` alone, in half the time."""
+    """`profile(...).peak_bytes` alone."""
     with _shadowed(model, sample, plan, graph) as (shadow, _, x, device):
         peak = _simulated_peak(shadow, x, sample.shape[0], device)
         return _with_state(shadow, peak, optimizer_copies, x.shape[0] < sample.shape[0])
 
 
+def predicted_kept(model: nn.Module, sample: torch.Tensor, plan: Plan, graph: Graph) -> dict[str, int]:
+    """The kept bytes of `profile(...).layers` by name, alone."""
+    with _shadowed(model, sample, plan, graph) as (shadow, _, x, device):
+        accounts = keep_book(shadow, graph, x, _on_labels(None, F.cross_entropy), device)
+        return {name: account.kept_bytes for name, account in accounts.items()}
+
+
 def measured_peak(model: nn.Module, x: torch.Tensor, *, optimizer_copies: int = 1,
-                  micro_batch: int | None = None) -> int:
+                  micro_batch: int | None = None, update_as_it_comes: bool = False) -> int:
     """`measure(...).peak_bytes` alone, from real steps of the model as it stands."""
     micro = min(micro_batch or x.shape[0], x.shape[0])
-    with _training(model), _left_as_found(model):
+    with _training(model), _left_as_found(model), _freed(model, update_as_it_comes):
         loss = _on_labels(None, F.cross_entropy)
         _pass(model, x[:micro], loss)  # what is made once and kept (tables, code) does not count
         _hold_gradients(model, held=micro < x.shape[0])
@@ -123,6 +133,8 @@ def _shadowed(model: nn.Module, sample: torch.Tensor, plan: Plan | None,
     with _training(shadow):
         graph = graph or trace(shadow, x)
         if plan is not None:
+            if rewrite(shadow, plan, graph):
+                graph = trace(shadow, x)
             apply(shadow, plan, graph)
         yield shadow, graph, x, device
 
@@ -142,7 +154,8 @@ def _with_state(model: nn.Module, peak_bytes: int, optimizer_copies: int, micro:
 
 
 def measure(model: nn.Module, x: torch.Tensor, y: torch.Tensor | None = None, *, loss: Loss = F.cross_entropy,
-            optimizer_copies: int = 1, micro_batch: int | None = None, repeats: int = 5) -> Cost:
+            optimizer_copies: int = 1, micro_batch: int | None = None, repeats: int = 5,
+            update_as_it_comes: bool = False) -> Cost:
     """Run a training step of `model` as it stands (plan applied or not) on x (n c h w), and say what it took.
 
     Without y every label is class 0. The peak is the allocator's; `step_ms` is the median of `repeats`
@@ -157,7 +170,8 @@ def measure(model: nn.Module, x: torch.Tensor, y: torch.Tensor | None = None, *,
         accounts = keep_book(model, graph, part, _on_labels(labels, loss), device)
         step_ms = statistics.median(_timed(model, x, y, loss, micro) for _ in range(repeats))
         _hold_gradients(model, held=micro < batch)
-        peak = peak_during(device, lambda: _pass(model, part, _on_labels(labels, loss)))
+        with _freed(model, update_as_it_comes):
+            peak = peak_during(device, lambda: _pass(model, part, _on_labels(labels, loss)))
         return _cost(model, graph, accounts, (batch, micro), peak, optimizer_copies, step_ms)
 
 
@@ -206,6 +220,13 @@ def _hold_gradients(model: nn.Module, held: bool) -> None:
     """What a pass finds: gradients of the micro-batches before it, or none."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if held and parameter.requires_grad else None
+
+
+@contextmanager
+def _freed(model: nn.Module, as_they_come: bool) -> Iterator[None]:
+    """Gradients are dropped as they come, if asked for."""
+    with as_it_comes(model, lambda parameter: None) if as_they_come else nullcontext():
+        yield
 
 
 def _on_labels(y: torch.Tensor | None, loss: Loss) -> Callable[[Any], torch.Tensor]:

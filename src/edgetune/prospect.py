@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,15 +16,27 @@ from edgetune.apply import apply
 from edgetune.calibrate import Calibration, calibrate, drawn_labels
 from edgetune.contract import Method, Plan
 from edgetune.draft import draft, last_layers
-from edgetune.graph import trace
+from edgetune.errors import PlanError
+from edgetune.graph import Call, trace
 from edgetune.knapsack import Choice, best_choices, total_of
-from edgetune.profile import measured_ms, measured_peak, predicted_peak, profile
+from edgetune.methods.backward.exact import Exact
+from edgetune.profile import measured_ms, measured_peak, predicted_kept, predicted_peak
 from edgetune.stopwatch import Laps, Progress, layer_times, samples_for
 
 Picks = Sequence[int | None]
 Added = dict[Method, dict[str, tuple[float, float, float]]]
 """What each convolution, with the calls up to the next, adds to a step beyond its forward pass: as the first that
 learns, as one behind it, and where it only passes the gradient; milliseconds by method and node."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to treat a convolution: by which of the planner's methods (its index), with which settings here, and
+    whether the convolution learns or only passes the gradient on."""
+
+    way: int
+    method: Method
+    learns: bool
 
 
 @dataclass(frozen=True)
@@ -39,32 +51,60 @@ class Found:
 class Prospect:
     """What does not change while budgets and micro-batches are tried.
 
-    A convolution's choices are, by index: learning by each method in turn, then, for each, only passing the gradient.
+    `methods` are those given, without what equals another one on this network. `options[i]` are those of convolution
+    i: learning by each method that takes it, then only passing the gradient by each that does so in its own way.
     """
 
     def __init__(self, model: nn.Module, sample: torch.Tensor, methods: Sequence[Method], optimizer_copies: int,
                  batch: tuple[torch.Tensor, torch.Tensor] | None, progress: Progress | None) -> None:
-        self.model, self.sample, self.methods, self.copies = model, sample, tuple(methods), optimizer_copies
+        self.model, self.sample, self.copies = model, sample, optimizer_copies
         self.progress = progress
         self._laps: dict[int, dict[Method, dict[str, Laps]]] = {}
-        self._peaks: dict[str, int] = {}
+        self._peaks: dict[tuple[str, str], int] = {}
+        self._solved: dict[tuple[float | None, float | None, int, bool], Found] = {}
+        self._choices: dict[tuple[int, bool], list[list[Choice]]] = {}
         self.graph = trace(model, sample[:1]).model_copy(update={"input_shape": tuple(sample.shape)})
         self.convs = self.graph.layers("conv")
-        whole = [last_layers(self.graph, None, method) for method in self.methods]
-        self.whole = dict(zip(self.methods, whole, strict=True))
+        self.kept: dict[Method, dict[str, tuple[int, int]]] = {}
+        self.methods = self._differing(methods)
         batch = batch or (sample, drawn_labels(model, sample))
-        self.worth: Calibration = calibrate(model, self.graph, batch, whole, self.methods)
-        self.kept = {method: self._kept(made.model_copy(update={"micro_batch": 1}))
-                     for method, made in self.whole.items()}
-        self.faith = {method: _faith([self.worth.fidelity[method].get(c.name, 0.0) for c in self.convs])
-                      for method in self.methods}
+        self.worth: Calibration = calibrate(model, self.graph, batch, self.methods)
+        self.faith = {method: _faith([gauge.fidelity.get(call.name, 0.0) for call in self.convs])
+                      for method, gauge in self.worth.gauges.items()}
+        self.options = [self._options_of(call) for call in self.convs]
         self.head = draft(self.graph, {}, frozenset())
+
+    def _differing(self, methods: Sequence[Method]) -> tuple[Method, ...]:
+        """The methods, without those that are exact on this network and keep what a simpler one does."""
+        taken: list[Method] = []
+        for method in dict.fromkeys(methods):
+            self.kept[method] = self._kept(last_layers(self.graph, None, method))
+            plain = [other for other in (method, *taken) if other.exact_on(self.graph) and not other.learns_as]
+            if method not in plain or all(self.kept[method] != self.kept[other] for other in plain[1:]):
+                taken.append(method)
+        if not any(isinstance(method, Exact) for method in taken):
+            raise PlanError("the planner weighs methods against exact gradients: give Exact() among its `methods`")
+        return tuple(taken)
+
+    def _options_of(self, call: Call) -> tuple[Option, ...]:
+        taking = [(way, method) for way, method in enumerate(self.methods) if method.refuse(call) is None]
+        learning = [Option(way, self.worth.gauges[method].own.get(call.name, method), True) for way, method in taking]
+        # what is exact but for the part that learns passes on as the exact method does
+        passing = [Option(way, method, False) for way, method in taking
+                   if not (method.learns_as and method.exact_on(self.graph))]
+        return (*learning, *passing)
+
+    def pick_of(self, index: int, way: int, learns: bool) -> int:
+        """The option of convolution `index` by one of the methods, or, where it has none, by the first."""
+        at = {(option.way, option.learns): pick for pick, option in enumerate(self.options[index])}
+        return at.get((way, learns), at[0, learns])
 
     def laps(self, micro: int) -> tuple[int, dict[Method, dict[str, Laps]]]:
         """Samples that were timed, a micro-batch if that is quick enough; laps of every call by every method."""
         samples = samples_for(self.graph, micro)
         if samples not in self._laps:
-            self._laps[samples] = layer_times(self.model, self.graph, self.whole, samples, progress=self.progress,
+            whole = {method: last_layers(self.graph, None, method) for method in self.methods}
+            self._laps[samples] = layer_times(self.model, self.graph, whole, samples, progress=self.progress,
                                               channels_last=kernels.is_channels_last(self.sample))
         return samples, self._laps[samples]
 
@@ -78,9 +118,13 @@ class Prospect:
 
         `timed`: tell its time even where that has no limit.
         """
-        choices = self.choices(micro, timed or capacity_ms is not None)
-        _, picked = best_choices(choices, capacity_bytes, capacity_ms)
-        return self.found(choices, picked, micro)
+        timed = timed or capacity_ms is not None
+        key = (capacity_bytes, capacity_ms, micro, timed)
+        if key not in self._solved:
+            choices = self.choices(micro, timed)
+            _, picked = best_choices(choices, capacity_bytes, capacity_ms)
+            self._solved[key] = self.found(choices, picked, micro)
+        return self._solved[key]
 
     def nothing(self, micro: int) -> Found:
         """Only the head learns."""
@@ -88,11 +132,10 @@ class Prospect:
 
     def found(self, choices: Sequence[Sequence[Choice]], picked: Picks, micro: int) -> Found:
         """What `picked` sums to, and its plan."""
-        settings, learning = {}, set()
-        for call, pick in zip(self.convs, picked, strict=True):
-            if pick is not None:
-                settings[call.node] = self.methods[pick % len(self.methods)]
-                learning |= {call.node} if pick < len(self.methods) else set()
+        taken = {call.node: options[pick] for call, options, pick in zip(self.convs, self.options, picked, strict=True)
+                 if pick is not None}
+        settings = {node: option.method for node, option in taken.items()}
+        learning = {node for node, option in taken.items() if option.learns}
         made = draft(self.graph, settings, frozenset(learning))
         return Found(picked, total_of(choices, picked), self.in_parts(made, micro))
 
@@ -103,22 +146,38 @@ class Prospect:
 
     def choices(self, micro: int, timed: bool) -> list[list[Choice]]:
         """The choices of every convolution, input to output; with times of a whole step where `timed`."""
-        added = self._added_ms(micro) if timed else None
-        return [self._choices(index, micro, added) for index in range(len(self.convs))]
+        if (micro, timed) not in self._choices:
+            added = self._added_ms(micro) if timed else None
+            self._choices[micro, timed] = [self._choices_of(index, micro, added) for index in range(len(self.convs))]
+        return self._choices[micro, timed]
 
-    def _choices(self, index: int, micro: int, added: Added | None) -> list[Choice]:
-        call = self.convs[index]
-        params = 4 * (1 + self.copies) * sum(math.prod(call.param_shapes[role]) for role in ("weight", "bias")
-                                             if role in call.params)
-        learning, passing = [], []
-        for method in self.methods:
+    def _choices_of(self, index: int, micro: int, added: Added | None) -> list[Choice]:
+        call, choices = self.convs[index], list[Choice]()
+        for option in self.options[index]:
+            method = self.methods[option.way]
             own, after = self.kept[method][call.node]
-            faith, passes = self.faith[method][index]
-            worth = self.worth.importance.get(call.name, 0.0) * faith
+            passes = self.faith[method][index][1]
             first, inner, through = (0.0, 0.0, 0.0) if added is None else added[method][call.node]
-            learning.append(Choice((own + after) * micro + params, worth, passes, ms=inner, first_ms=first))
-            passing.append(Choice(after * micro, 0.0, passes, learns=False, ms=through))
-        return [*learning, *passing]
+            if option.learns:
+                worth = self.worth.importance.get(call.name, 0.0) * self.fidelity(option.way, index)
+                choices.append(Choice((own + after) * micro + self._state_bytes(call, option.method), worth, passes,
+                                      ms=inner, first_ms=first))
+            else:
+                choices.append(Choice(after * micro, 0.0, passes, learns=False, ms=through))
+        return choices
+
+    def fidelity(self, way: int, index: int) -> float:
+        """What a method gains of learning a convolution exactly: 0 to 1."""
+        method = self.methods[way]
+        return self.faith[method][index][0] * self.worth.gauges[method].share.get(self.convs[index].name, 1.0)
+
+    def _state_bytes(self, call: Call, method: Method) -> int:
+        """Gradients and optimizer state of what learns."""
+        numbers = math.prod(call.param_shapes.get("bias", (0,)))
+        if call.geometry is not None:
+            whole = torch.empty(call.param_shapes["weight"], device="meta")
+            numbers += method.part(whole, call.geometry).numel()
+        return 4 * (1 + self.copies) * numbers
 
     def _added_ms(self, micro: int) -> Added:
         samples, laps = self.laps(micro)
@@ -149,8 +208,7 @@ class Prospect:
 
     def _kept(self, made: Plan) -> dict[str, tuple[int, int]]:
         """Bytes that one sample keeps at each convolution: (its own, those of the calls up to the next one)."""
-        cost = profile(self.model, self.sample[:1], made, optimizer_copies=0, graph=self.graph)
-        by_name = {layer.name: layer.kept_bytes for layer in cost.layers}
+        by_name = predicted_kept(self.model, self.sample[:1], made, self.graph)
         calls = {name: sum(call.name == name for call in self.graph.calls) for name in by_name}
         shares = self._by_conv({call.node: -(-by_name.get(call.name, 0) // max(calls.get(call.name, 1), 1))
                                 for call in self.graph.calls})
@@ -159,15 +217,19 @@ class Prospect:
     def predicted_peak(self, made: Plan, micro: int) -> int:
         """Training memory of a plan at its peak, bytes."""
         made = self.in_parts(made, micro)
-        key = made.model_dump_json()
-        if key not in self._peaks:
-            self._peaks[key] = predicted_peak(self.model, self.sample, made, self.graph, optimizer_copies=self.copies)
-        return self._peaks[key]
+        return self._once("predicted", made, lambda: predicted_peak(
+            self.model, self.sample, made, self.graph, optimizer_copies=self.copies))
 
     def measured_peak(self, made: Plan) -> int:
         """The same by a real step."""
-        return measured_peak(self._applied(made), self.sample, optimizer_copies=self.copies,
-                             micro_batch=made.micro_batch)
+        return self._once("measured", made, lambda: measured_peak(
+            self._applied(made), self.sample, optimizer_copies=self.copies, micro_batch=made.micro_batch))
+
+    def _once(self, origin: str, made: Plan, peak: Callable[[], int]) -> int:
+        key = origin, made.model_dump_json()
+        if key not in self._peaks:
+            self._peaks[key] = peak()
+        return self._peaks[key]
 
     def measured_ms(self, made: Plan) -> float:
         """How long a real step takes."""

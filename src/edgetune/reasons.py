@@ -7,7 +7,7 @@ from typing import Any
 
 from edgetune.knapsack import Choice, total_of
 from edgetune.plan import Planner
-from edgetune.prospect import Found, Picks
+from edgetune.prospect import Found, Option, Picks, Prospect
 from edgetune.record import Record
 
 NUDGE = 0.05
@@ -15,9 +15,10 @@ NUDGE = 0.05
 
 
 class Way(Record):
-    """One method on one layer. `fidelity` is the cosine of its weight gradient with the exact one, 0 to 1, and
-    `passes` the share of a faithful gradient it hands on; bytes and ms are what learning by it adds to a step in
-    which only the head learns. `ms` is None where nothing was timed."""
+    """One method on one layer. `fidelity` is the cosine of its weight gradient with the exact one, times the share of
+    the squared exact gradient in what learns by it, 0 to 1; `passes` is the share of a faithful gradient it hands on.
+    Bytes and ms are what learning by it adds to a step in which only the head learns; `ms` is None where nothing was
+    timed."""
 
     method: str
     settings: dict[str, Any]
@@ -42,11 +43,12 @@ class Otherwise(Record):
 
 
 class Reason(Record):
-    """One layer: its `importance` as a share of all layers', its ways, and the one chosen (None: frozen)."""
+    """One layer: its `importance` as a share of all layers', its ways, one a method of the planner (None: the method
+    does not take this layer), and the one chosen (None: frozen)."""
 
     layer: str
     importance: float
-    ways: tuple[Way, ...]
+    ways: tuple[Way | None, ...]
     way: int | None
     learns: bool
     otherwise: Otherwise | None
@@ -70,23 +72,26 @@ def explain(planner: Planner, found: Found, *, bytes_limited: bool, ms_limited: 
     prices = _prices(planner, found, micro, bytes_limited, ms_limited)
     reasons = []
     for index, call in enumerate(prospect.convs):
-        own = choices[index][:len(prospect.methods)]
-        ways = tuple(Way(method=method.method, settings=method.model_dump(), fidelity=prospect.faith[method][index][0],
-                         passes=choice.passes, memory_bytes=choice.weight_bytes, ms=choice.ms if ms_limited else None)
-                     for method, choice in zip(prospect.methods, own, strict=True))
-        way, learns = _way(found.picked[index], len(ways))
+        options = prospect.options[index]
+        ways: list[Way | None] = [None] * len(prospect.methods)
+        for option, choice in zip(options, choices[index], strict=True):
+            if option.learns:
+                ways[option.way] = Way(method=option.method.method, settings=option.method.model_dump(),
+                                       fidelity=prospect.fidelity(option.way, index), passes=choice.passes,
+                                       memory_bytes=choice.weight_bytes, ms=choice.ms if ms_limited else None)
+        way, learns = _way(options, found.picked[index])
         importance = prospect.worth.importance.get(call.name, 0.0)
-        reasons.append(Reason(layer=call.name or call.node, importance=importance / whole, ways=ways, way=way,
-                              learns=learns, otherwise=_otherwise(choices, found.picked, index, prices, whole,
-                                                                  ms_limited)))
+        reasons.append(Reason(layer=call.name or call.node, importance=importance / whole, ways=tuple(ways),
+                              way=way, learns=learns, otherwise=_otherwise(prospect, choices, found.picked, index,
+                                                                           prices, whole, ms_limited)))
     per_byte, per_ms = (price / whole for price in prices)
     return Reasons(layers=tuple(reasons), benefit=found.total.gain / whole,
                    benefit_per_byte=per_byte if bytes_limited and found.total.learns else None,
                    benefit_per_ms=per_ms if ms_limited and found.total.learns else None)
 
 
-def _way(pick: int | None, methods: int) -> tuple[int | None, bool]:
-    return (None, False) if pick is None else (pick % methods, pick < methods)
+def _way(options: Sequence[Option], pick: int | None) -> tuple[int | None, bool]:
+    return (None, False) if pick is None else (options[pick].way, options[pick].learns)
 
 
 def _prices(planner: Planner, found: Found, micro: int, bytes_limited: bool,
@@ -106,25 +111,26 @@ def _prices(planner: Planner, found: Found, micro: int, bytes_limited: bool,
     return prices[0], prices[1]
 
 
-def _otherwise(choices: Sequence[Sequence[Choice]], picked: Picks, index: int, prices: tuple[float, float],
-               whole: float, timed: bool) -> Otherwise | None:
+def _otherwise(prospect: Prospect, choices: Sequence[Sequence[Choice]], picked: Picks, index: int,
+               prices: tuple[float, float], whole: float, timed: bool) -> Otherwise | None:
     """The other choice that loses least, its bytes and ms counted at their prices."""
     now, best, most = total_of(choices, picked), None, 0.0
     for other in (None, *range(len(choices[index]))):
-        changed = _changed(choices, picked, index, other)
+        changed = _changed(prospect, choices, picked, index, other)
         if other == picked[index] or changed is None:
             continue
         then = total_of(choices, changed)
         gain, weight, ms = then.gain - now.gain, then.weight_bytes - now.weight_bytes, then.ms - now.ms
         worth = gain - prices[0] * weight - prices[1] * ms
         if best is None or worth > most:
-            way, learns = _way(other, len(choices[index]) // 2)
+            way, learns = _way(prospect.options[index], other)
             best, most = Otherwise(way=way, learns=learns, benefit=gain / whole, memory_bytes=weight,
                                    ms=ms if timed else None), worth
     return best
 
 
-def _changed(choices: Sequence[Sequence[Choice]], picked: Picks, index: int, other: int | None) -> Picks | None:
+def _changed(prospect: Prospect, choices: Sequence[Sequence[Choice]], picked: Picks, index: int,
+             other: int | None) -> Picks | None:
     """The whole choice with that of one layer changed; None where it could not be."""
     first = next((i for i, pick in enumerate(picked) if pick is not None), len(picked))
     if other is None:  # frozen, and with it all before
@@ -133,4 +139,6 @@ def _changed(choices: Sequence[Sequence[Choice]], picked: Picks, index: int, oth
         return None if index < first else [None] * behind + list(picked[behind:])
     if index <= first and not choices[index][other].learns:
         return None
-    return [*picked[:index], other, *([other] * max(first - index - 1, 0)), *picked[max(index + 1, first):]]
+    option = prospect.options[index][other]
+    along = [prospect.pick_of(between, option.way, option.learns) for between in range(index + 1, first)]
+    return [*picked[:index], other, *along, *picked[max(index + 1, first):]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +24,10 @@ def route(model: nn.Module, segments: list[Segment]) -> Callable[[], None]:
     """Give the model a forward in which every segment is one call; returns the way back."""
     if not segments:
         return lambda: None
-    graphs = {mode: _planned(model, mode, segments) for mode in (False, True)}
-    code = {mode: compiled(model, graph) for mode, graph in graphs.items()}
+    runners = [runner(segment, f"segment_{number}") for number, segment in enumerate(segments)]
+    graphs = {mode: _planned(model, mode, segments, runners) for mode in (False, True)}
     instance_forward = model.__dict__.get("forward")
-    model.__dict__["_edgetune"] = _Routes(code, graphs, instance_forward)
+    model.__dict__["_edgetune"] = _Routes(graphs, instance_forward)
     model.forward = types.MethodType(_routed_forward, model)
 
     def restore() -> None:
@@ -39,15 +39,22 @@ def route(model: nn.Module, segments: list[Segment]) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class _Routes:
-    code: dict[bool, Callable[..., Any]]
     graphs: dict[bool, fx.Graph]
     instance_forward: Callable[..., Any] | None
+    _code: dict[bool, Callable[..., Any]] = field(default_factory=dict)
+
+    def code(self, model: nn.Module) -> Callable[..., Any]:
+        """The forward of the model's present mode, compiled when first needed."""
+        mode = model.training
+        if mode not in self._code:
+            self._code[mode] = compiled(model, self.graphs[mode])
+        return self._code[mode]
 
 
 def _routed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     routes: _Routes = self.__dict__["_edgetune"]
     if torch.is_grad_enabled():
-        return routes.code[self.training](self, *args, **kwargs)
+        return routes.code(self)(self, *args, **kwargs)
     if routes.instance_forward is not None:
         return routes.instance_forward(*args, **kwargs)
     return type(self).forward(self, *args, **kwargs)
@@ -59,7 +66,8 @@ def routed_graph(model: nn.Module) -> fx.Graph | None:
     return None if routes is None else routes.graphs[model.training]
 
 
-def _planned(model: nn.Module, training: bool, segments: list[Segment]) -> fx.Graph:
+def _planned(model: nn.Module, training: bool, segments: list[Segment],
+             runners: list[Callable[..., Any]]) -> fx.Graph:
     """The model's own graph with its segments put in, as single calls."""
     before = model.training
     model.train(training)
@@ -69,12 +77,12 @@ def _planned(model: nn.Module, training: bool, segments: list[Segment]) -> fx.Gr
         model.train(before)
     assert graph is not None
     nodes = {node.name: node for node in graph.nodes}
-    for number, segment in enumerate(segments):
+    for segment, run in zip(segments, runners, strict=True):
         unknown = [call.node for call in segment.calls if call.node not in nodes]
         if unknown:
             raise Refusal(segment.name, "is called differently in training than in evaluation",
                           "leave it out of the plan")
-        _replace(graph, nodes, segment, number)
+        _replace(graph, nodes, segment, run)
     _sort(graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
     graph.lint()
@@ -90,10 +98,10 @@ def compiled(model: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
     return forward
 
 
-def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], segment: Segment, number: int) -> None:
+def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], segment: Segment, run: Callable[..., Any]) -> None:
     last = nodes[segment.calls[-1].node]
     with graph.inserting_after(last):
-        call = graph.create_node("call_function", runner(segment, f"segment_{number}"), name=f"segment_{number}")
+        call = graph.create_node("call_function", run, name=run.__name__)
     with graph.inserting_before(call):
         params = tuple(graph.create_node("get_attr", name) for name in segment.params)
     call.args = (*(nodes[name] for name in segment.inputs), *params)
@@ -101,7 +109,7 @@ def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], segment: Segment, numbe
         value = call
         if len(segment.outputs) > 1:
             with graph.inserting_after(call):
-                value = graph.create_node("call_function", _pick, (call, index), name=f"segment_{number}_{index}")
+                value = graph.create_node("call_function", _pick, (call, index), name=f"{run.__name__}_{index}")
         nodes[name].replace_all_uses_with(value, delete_user_cb=lambda user: user is not call)
         stale, nodes[name] = nodes[name], value
         nodes[f"stale:{stale.name}"] = stale

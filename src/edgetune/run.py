@@ -22,11 +22,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import nn
 
+from edgetune.apply import rewrite
 from edgetune.cache import Cache, CacheUse, Features
 from edgetune.contract import Plan
 from edgetune.costs import Costs
@@ -47,8 +48,10 @@ class Interrupted(RunError):
 
 class Settings(Record):
     """How a network is trained: SGD with momentum, the rate rising over `warm_up` of all steps, then falling
-    to zero as a cosine; gradients longer than `clip_norm` are shortened; norms and biases don't decay. With
-    `frozen_bits` what is in front of the first layer that learns runs in integers."""
+    to zero as a cosine; gradients longer than `clip_norm` are shortened (None: none are); norms and biases don't decay.
+    With `update_as_it_comes` a parameter takes its step as soon as its gradient is there, which then goes; the norm of
+    all gradients is never known, so `clip_norm` must be None. With `frozen_bits` what is in front of the first layer
+    that learns runs in integers."""
 
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -56,12 +59,20 @@ class Settings(Record):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
     warm_up: float = Field(default=0.1, ge=0, lt=1)
-    clip_norm: float = Field(default=2.0, gt=0)
+    clip_norm: float | None = Field(default=2.0, gt=0)
+    update_as_it_comes: bool = False
     seed: int = 0
     augment: Augment | None = None
     baseline: bool = False
     cache: Cache | None = None
     frozen_bits: Literal[8] | None = None
+
+    @field_validator("update_as_it_comes")
+    @classmethod
+    def _norm_is_not_asked_for(cls, early: bool, others: ValidationInfo) -> bool:
+        if early and others.data.get("clip_norm") is not None:
+            raise ValueError("the norm of all gradients is not known when the first is used: say clip_norm=None")
+        return early
 
 
 class ModelRef(Record):
@@ -197,12 +208,14 @@ def read_run(path: str | Path) -> Run:
 def load_run(path: str | Path, model: nn.Module | None = None) -> LoadedRun:
     """A run folder with its network, in evaluation mode.
 
-    The network is built again by the name in run.json, unless `model` gives it, and then takes the weights.
+    The network is built again by the name in run.json, unless `model` gives it; it gets the blocks that the plan
+    rewrites, and takes the weights.
     Raises RunError when a file is missing, garbled or of another network, ModelError when it cannot be built.
     """
     folder, run = Path(path), read_run(path)
     plan = Plan.load(folder / PLAN)
     model = build(run) if model is None else model
+    rewrite(model, plan)
     restore(model, folder / FROZEN, run.frozen)
     fill(model, read_tensors(folder / WEIGHTS)[0], folder / WEIGHTS)
     return LoadedRun(folder=folder, run=run, plan=plan, model=model.eval())

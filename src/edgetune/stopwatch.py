@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from edgetune.apply import claim
+from edgetune.apply import claim, prepared
 from edgetune.contract import Method, Needs, Plan, Segment
 from edgetune.errors import RunError
 from edgetune.graph import Call, Graph
@@ -73,15 +73,18 @@ def layer_times(model: nn.Module, graph: Graph, plans: Mapping[Method, Plan], sa
     a sentence when something has to be measured. Times are of `samples` samples.
     """
     place = next(model.parameters(), torch.zeros(()))
-    shop = _Shop({**dict(model.named_parameters()), **dict(model.named_buffers())}, graph, samples, channels_last,
-                 place.device, place.dtype)
-    keys = {method: _keys(shop, method, made) for method, made in plans.items()}
+    shops = {}
+    for method, made in plans.items():
+        with prepared(model, graph, made) as known_graph:
+            tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            shops[method] = _Shop(tensors, known_graph, samples, channels_last, place.device, place.dtype)
+    keys = {method: _keys(shops[method], method, made) for method, made in plans.items()}
     known = _remembered(_file(place.device))
     missing = {key for own in keys.values() for _, calls in own for key in calls.values()} - set(known)
     if missing:
         if progress is not None:
             progress(f"timing {len(missing)} kinds of layer on this machine: that is remembered")
-        found = _measure(shop, keys, plans, missing)
+        found = _measure(shops, keys, plans, missing)
         known = {**known, **found}
         _remember(_file(place.device), found)
     return {method: {node: known[key] for _, calls in own for node, key in calls.items()}
@@ -123,7 +126,7 @@ def _keys(shop: _Shop, method: Method, made: Plan) -> Keyed:
     return keyed
 
 
-def _measure(shop: _Shop, keys: Mapping[Method, Keyed], plans: Mapping[Method, Plan],
+def _measure(shops: Mapping[Method, _Shop], keys: Mapping[Method, Keyed], plans: Mapping[Method, Plan],
              missing: set[str]) -> dict[str, Laps]:
     """Run every segment that has something new in it; calls of one kind share the median of what they took."""
     began, found = time.monotonic(), dict[str, list[Laps]]()
@@ -132,7 +135,7 @@ def _measure(shop: _Shop, keys: Mapping[Method, Keyed], plans: Mapping[Method, P
             for segment, calls in own:
                 if (missing & set(calls.values())) - set(found):
                     rounds = ROUNDS if time.monotonic() - began < PATIENCE_S else 1
-                    for node, laps in _run(shop, segment, plans[method].learned(), rounds).items():
+                    for node, laps in _run(shops[method], segment, plans[method].learned(), rounds).items():
                         found.setdefault(calls[node], []).append(laps)
     return {key: Laps(**{name: statistics.median(getattr(laps, name) for laps in several)
                          for name in Laps.model_fields}) for key, several in found.items()}

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from edgetune.apply import Undo, apply
+from edgetune.apply import Undo, apply, rewrite
 from edgetune.cache import FILES, Cache, Sight, open_features
 from edgetune.contract import Plan
 from edgetune.costs import Costs, costs_of, planned_again, unrestrained
@@ -69,7 +69,8 @@ def train(
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
     warm_up: float = 0.1,
-    clip_norm: float = 2.0,
+    clip_norm: float | None = 2.0,
+    update_as_it_comes: bool = False,
     seed: int = 0,
     augment: Augment | bool | None = True,
     baseline: bool = False,
@@ -85,26 +86,30 @@ def train(
 ) -> Run:
     """Train `model` in place as `plan` says and leave a run folder at `out`.
 
+    What a method adds to the network stays there, once it is trained.
     `augment` is True for the data's own views, False or None for none; `baseline` also trains a copy by plain
     full back-propagation, to compare; `cache` keeps what the frozen part gives (without one, as ever, all of the
     network runs in every epoch). With `frozen_bits` the frozen part becomes an integer network, in training and
-    ever after, and its float weights are let go of (`edgetune.frozen`). `model_name`, `model_options`, `weights`
-    and `data_options` (what `load_data` was given) are written down so that the run can be loaded and resumed by
-    itself; `costs` are measured unless given; `on_finish(out, run)` is called at the end, to write reports.
+    ever after, and its float weights are let go of (`edgetune.frozen`). `clip_norm=None, update_as_it_comes=True` gives
+    every parameter its step as soon as its gradient is there: the same training in less memory. `model_name`,
+    `model_options`, `weights` and `data_options` (what `load_data` was given) are written down so that the run can be
+    loaded and resumed by itself; `costs` are measured unless given; `on_finish(out, run)` is called at the end, to
+    write reports.
     Raises Interrupted after Ctrl-C, DivergedError when the loss is no number, PlanError or Refusal when the
     plan does not fit, RunError when `out` cannot be used.
     """
     settings = _settings(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, momentum=momentum,
         weight_decay=weight_decay, warm_up=warm_up, clip_norm=clip_norm, seed=seed, baseline=baseline,
-        cache=cache, frozen_bits=frozen_bits, augment=data.augment if augment is True else augment or None,
+        update_as_it_comes=update_as_it_comes, frozen_bits=frozen_bits,
+        cache=cache, augment=data.augment if augment is True else augment or None,
     )  # fmt: skip
     folder = Path(out)
-    _refuse(folder, model, plan)
+    _refuse(folder, model, plan, settings)
     before = evaluate(model, data.val, len(data.classes), batch_size).accuracy
     front = None if frozen_bits is None else integer_front(model, plan, _to_calibrate(data, model, settings))
     batch = _first_batch(data, model, settings)
-    costs = costs or costs_of(model, plan, *batch, plain_measured=baseline)
+    costs = costs or costs_of(model, plan, *batch, plain_measured=baseline, update_as_it_comes=update_as_it_comes)
     origin = None if weights is None else str(weights)
     run = Run(
         status="running",
@@ -121,11 +126,25 @@ def train(
         costs=costs,
         frozen=None if front is None else front.part,
     )
-    job = _Job(folder, run, plan, data, model, progress or Silent(), on_finish)
-    return job.finish(job.begin(front, batch))
+    job = _Job(folder, run, plan, data, model, _as_it_was(model, run, plan), progress or Silent(), on_finish)
+    return job.finish(*job.begin(front, batch))
 
 
-def _refuse(folder: Path, model: nn.Module, plan: Plan) -> None:
+def _as_it_was(model: nn.Module, run: Run, plan: Plan) -> nn.Module:
+    """The network that plain back-propagation trains: a copy where the plan rewrites the model's blocks."""
+    if not run.plain or not plan.rewritten():
+        return model
+    _refuse_integers(model)
+    return copy.deepcopy(model)
+
+
+def _refuse_integers(model: nn.Module) -> None:
+    if has_front(model):
+        raise ModelError("the network has a frozen part in integers from a training before: build it anew, and load "
+                         "float weights")
+
+
+def _refuse(folder: Path, model: nn.Module, plan: Plan, settings: Settings) -> None:
     if (folder / RUN).exists():
         raise RunError(
             f"'{folder}' holds a run already: choose another folder with --out, "
@@ -133,9 +152,11 @@ def _refuse(folder: Path, model: nn.Module, plan: Plan) -> None:
         )
     if not plan.learned():
         raise PlanError("the plan lets nothing learn: list at least the classifier in `learns`")
-    if has_front(model):
-        raise ModelError("the network has a frozen part in integers from a training before: build it anew, and load "
-                         "float weights")
+    _refuse_integers(model)
+    micro = plan.micro_batch or settings.batch_size
+    if settings.update_as_it_comes and micro < settings.batch_size:
+        raise PlanError(f"the plan adds up gradients of {micro} pictures at a time, so they cannot be used as they "
+                        f"come: take a batch of {micro}, or update when all are there")
 
 
 def _reference(data: Dataset, **options: Any) -> DataRef:
@@ -169,9 +190,10 @@ def resume(
     if data is None:
         data = open_data(run)
     check_same(run, data)
+    job = _Job(folder, run, plan, data, model, _as_it_was(model, run, plan), progress or Silent(), on_finish)
+    rewritten = rewrite(model, plan)
     front = restore(model, folder / FROZEN, run.frozen)
-    job = _Job(folder, run, plan, data, model, progress or Silent(), on_finish)
-    return job.finish(apply(model, plan if front is None else front.left_over(plan)))
+    return job.finish(apply(model, plan if front is None else front.left_over(plan)), rewritten)
 
 
 _OVER = {
@@ -202,13 +224,14 @@ def _settings(**given: Any) -> Settings:
 
 @dataclass
 class _Job:
-    """A run under way: what it works with, and the folder it writes to."""
+    """A run under way: what it works with, and the folder it writes to; `plain_model` has no rewritten blocks."""
 
     folder: Path
     run: Run
     plan: Plan
     data: Dataset
     model: nn.Module
+    plain_model: nn.Module
     progress: Progress
     on_finish: OnFinish | None
 
@@ -217,34 +240,41 @@ class _Job:
         self.run = self.run.model_copy(update=changes)
         self.run.save(self.folder / RUN)
 
-    def begin(self, front: Front | None, batch: tuple[torch.Tensor, torch.Tensor]) -> Undo:
+    def begin(self, front: Front | None, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[Undo, Undo]:
         """Make the model train as planned, and write the folder as it is before the first step.
 
-        Returns what takes the plan off the model. Where anything fails the model is as it was.
+        Returns what takes the plan off the model, and what gives back its blocks. Where anything fails the model is as
+        it was.
         """
-        floats, plan = self.model.state_dict(), self.plan
         with ExitStack() as back:
+            rewritten, plan = rewrite(self.model, self.plan), self.plan
+            back.callback(rewritten)
+            floats, plain = self.model.state_dict(), self.plain_model.state_dict()
             if front is not None:
                 plan = front.left_over(plan)
                 install(self.model, front)
                 back.callback(self._float_again, floats)
-                if self.run.costs is not None:
-                    costs = planned_again(self.run.costs, self.model, plan, *batch)
-                    self.run = self.run.model_copy(update={"costs": costs})
+                self._foresee_again(plan, batch)
             undo = apply(self.model, plan)
             back.callback(undo)
-            self._write_first(front, floats)
+            self._write_first(front, plain)
             back.pop_all()
-        return undo
+        return undo, rewritten
 
-    def _write_first(self, front: Front | None, floats: State) -> None:
+    def _foresee_again(self, plan: Plan, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """The costs of the planned step, now that its network is in integers."""
+        if self.run.costs is not None:
+            costs = planned_again(self.run.costs, self.model, plan, *batch, self.run.settings.update_as_it_comes)
+            self.run = self.run.model_copy(update={"costs": costs})
+
+    def _write_first(self, front: Front | None, plain: State) -> None:
         """run.json comes last, so where it is, all is."""
         self.plan.save(self.folder / PLAN)
         if front is not None:
             front.save(self.folder / FROZEN)
         state, start = self.model.state_dict(), Position().model_dump_json()
         write_tensors(self.folder / WEIGHTS, state)
-        for checkpoint, first in ((PLANNED, state), *([(PLAIN, floats)] if self.run.plain else [])):
+        for checkpoint, first in ((PLANNED, state), *([(PLAIN, plain)] if self.run.plain else [])):
             write_tensors(self.folder / checkpoint, {f"model/{name}": t for name, t in first.items()}, start)
         self.note()
 
@@ -252,8 +282,12 @@ class _Job:
         remove(self.model)
         self.model.load_state_dict(floats)
 
-    def finish(self, undo: Undo) -> Run:
-        """Train both networks from their checkpoints to the end; `undo` takes the plan off the model."""
+    def finish(self, undo: Undo, rewritten: Undo) -> Run:
+        """Train both networks from their checkpoints to the end; `undo` takes the plan off the model.
+
+        After an interruption `rewritten` gives back its blocks too, for a resumption with this very model; but not
+        where integers are in front of them.
+        """
         device = device_of(self.model)
         sweep(self.folder)
         try:
@@ -266,6 +300,8 @@ class _Job:
                 if self.run.plain:
                     self._train_plain(self.run.plain)
         except KeyboardInterrupt as stop:
+            if not has_front(self.model):
+                rewritten()
             self.note(status="interrupted")
             way_out = f"`edgetune train --resume {self.folder}`"
             raise Interrupted(f"training was stopped and is saved: go on with {way_out}") from stop
@@ -348,7 +384,7 @@ class _Job:
         def saved(at: Position) -> None:
             self.note(plain=plain.model_copy(update={"epochs": at.epochs}))
 
-        model = copy.deepcopy(self.model)
+        model = copy.deepcopy(self.plain_model)
         if has_front(model):
             remove(model)
         leg = self._leg(unrestrained(model), PLAIN, saved)

@@ -10,7 +10,7 @@ import torch
 
 from edgetune.bench import transfer
 from edgetune.bench.arms import Arm, chain, stock
-from edgetune.bench.cases import Bench, Case
+from edgetune.bench.cases import DIGITS_NET, Bench, Case
 from edgetune.bench.cells import CellStore, Line, cell_key, pack_bits
 from edgetune.bench.grid import Grid, GridOptions, identity
 from edgetune.bench.photos import Split, inner_split
@@ -61,7 +61,7 @@ def test_the_stored_rows_are_those_of_the_stored_cells() -> None:
 
 
 BEST = {"plain": 0.1, "of its own": 3.0}
-CASE = Case("drawn", "digits_net", 32, 1, None, (0.01, 0.1))
+CASE = Case("drawn", DIGITS_NET, 32, 1, None, (0.01, 0.1))
 OWN = Arm("of its own", stock(), rates=(0.3, 3.0))
 ARMS = (Arm("plain", stock()), Arm("as plain", stock()), OWN, Arm("as another", stock(), rate_of=OWN))
 
@@ -149,8 +149,11 @@ def test_an_arm_may_go_through_its_splits_again_with_other_seeds(tmp_path: Path)
     twice = replace(ARMS[0], repeats=2)
     grid = replace(fake.grid(), rows=((CASE, twice), (CASE, ARMS[1])))
     plain, ours = grid.run(options(tmp_path))["rows"]
-    cells = [(asked[3], split) for asked, split in zip(fake.asked, fake.splits, strict=True)
-             if asked[:2] == ("cell", "plain")]
+    cells = [
+        (asked[3], split)
+        for asked, split in zip(fake.asked, fake.splits, strict=True)
+        if asked[:2] == ("cell", "plain")
+    ]
     splits = Bench(CASE, "", quick=True).photos().splits
     assert cells == [(0, splits[0]), (1, splits[1]), (100, splits[0]), (101, splits[1])]
     assert (plain["seeds"], ours["seeds"]) == (4, 2)

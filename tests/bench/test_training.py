@@ -23,7 +23,7 @@ from edgetune.quantize import QuantizedNetwork
 
 BENCH = Bench(training.DIGITS, "", quick=True)
 ARMS = {(arm.method, arm.patch_px): arm for case, arm in training.ROWS if case is training.DIGITS}
-INT8 = ["int8 without QAS", "int8 with QAS", "int8 state with QAS"]
+INT8 = ["int8 without QAS", "int8 with QAS", "int8 state with QAS", "int8 with QAS and gains"]
 
 
 def made(method: str, patch_px: int | None = None) -> Trainee:
@@ -108,12 +108,13 @@ def test_integer_arms_differ_in_scaling_and_state_alone() -> None:
         (grad,) = (p.grad for p in conv.weight.parameters())
         assert grad is not None
         steps[method] = (grad, conv)
-    bare, scaled, stepped = (steps[method][0] for method in INT8)
-    factor = steps[INT8[0]][1].weight_scale.view(-1, 1, 1, 1) ** -2
-    torch.testing.assert_close(scaled.double(), bare.double() * factor, rtol=1e-4, atol=1e-8)
+    bare, scaled, stepped, gained = (steps[method][0] for method in INT8)
+    scale, gain = (getattr(steps[INT8[0]][1], name).view(-1, 1, 1, 1) for name in ("weight_scale", "gain"))
+    torch.testing.assert_close(scaled.double(), bare.double() * scale**-2, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(gained.double(), scaled.double() * gain**2, rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(stepped, scaled)
     values = [steps[method][1].weight.value for method in INT8]
-    assert [value.dtype for value in values] == [torch.float32, torch.float32, torch.int8]
+    assert [value.dtype for value in values] == [torch.float32, torch.float32, torch.int8, torch.float32]
 
 
 def test_arms_keep_less_in_the_order_in_which_they_should() -> None:
@@ -142,11 +143,9 @@ def test_products_are_counted_as_by_hand() -> None:
     assert macs(model, x, y) == (conv1 + conv2 + head, conv2 + 2 * head)
 
 
-def test_a_small_grid_trains_and_says_what_a_step_costs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_grid_trains_and_says_what_a_step_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(training.DIGITS, epochs=2, rates=(0.003,))
-    arms: tuple[Arm, ...] = (training.plain(None), training.BEFORE, replace(training.int8(None)[-1], rate_of=None))
+    arms: tuple[Arm, ...] = (training.plain(None), training.BEFORE, training.int8(None)[-1])
 
     grid = replace(training.GRID, cases=(case,), rows=tuple((case, arm) for arm in arms))
     monkeypatch.setattr(training, "GRID", grid)

@@ -120,7 +120,7 @@ def cell(method: str, run: int, correct: list[bool], **more: object) -> dict[str
     case = transfer.LAST4
     return {
         **{"suite": "transfer-cell", "case": case.name, "size": case.size, "epochs": case.epochs},
-        **{"method": method, "patch_px": None, "taps": None, "quick": False, "run": run, "network": case.network},
+        **{"method": method, "patch_px": None, "taps": None, "quick": False, "run": run, "network": case.start.network},
         **{"data": "flowers5", "batch": 32, "rate": 0.02, "kept_bytes": 8, "machine": "m", "git": "g"},
         **{"versions": {}, "correct": pack_bits(torch.tensor(correct)), "tested": len(correct)},
         **{"test_set": f"fold{run}", "accuracy": 100 * sum(correct) / len(correct), **more},

@@ -144,6 +144,14 @@ class TestNames:
         assert "method 'exact' has no --patch-px" in refusal("train", "--method", "exact", "--patch-px", 2)
         assert "--taps some does not hold" in refusal("train", "--method", "pooled_chain", "--taps", "some")
 
+    def test_blocks_are_counted_by_methods_that_know_them(self, out: Path) -> None:
+        plan = ("plan", "--limit", 20, "--out", out)
+        assert "leave out one of them" in refusal(*plan, "--last", 1, "--last-blocks", 1)
+        assert "say how many with --last-blocks" in refusal(*plan, "--method", "tinytl", "--last", 1)
+        assert "say how many of the last ones learn with --last" in refusal(*plan, "--last-blocks", 1)
+        assert "the network has 2: ask for" in refusal(*plan, "--method", "tinytl", "--last-blocks", 3)
+        assert not out.exists()
+
     @pytest.mark.parametrize("words", [("--explain",), ("--pareto", "front.svg")])
     def test_plans_made_by_hand_have_no_reasons(self, words: tuple[str, ...], out: Path) -> None:
         assert "leave them out, or leave out --method" in refusal("plan", "--last", 2, *words, "--out", out)

@@ -101,6 +101,22 @@ class TestTrain:
         used = json.loads((tmp_path / "run" / "plan.json").read_text())
         assert {settings[0]["patch_px"] for settings in used["layers"].values()} == {4}
 
+    def test_blocks_get_branches_that_every_verb_knows(self, tmp_path: Path) -> None:
+        run, wish = tmp_path / "run", ("--method", "tinytl", "--last-blocks", 1, "--limit", 20)
+        done = run_verb("plan", *wish, "--out", tmp_path / "plan.json")
+        assert done.exit_code == 0 and "features.3.lite.conv1" in done.stdout
+        told = answer("train", *wish, "--epochs", 1, "--no-baseline", "--out", run)
+        assert json.loads((run / "plan.json").read_text())["layers"].keys() == {"features.3"}
+        assert answer("eval", run)["accuracy"] == told["accuracy_after"]
+        draw(tmp_path / "digit.png", 100, "L")
+        assert run_verb("predict", run, tmp_path / "digit.png").exit_code == 0
+        assert run_verb("report", run).exit_code == 0
+        assert "features.3.lite.conv1" in (run / "report.html").read_text()
+        plan = answer("plan", "--method", "mobiletl", "--last-blocks", 1, "--model", "mobilenet_v2", "--limit", 20,
+                      "--data", "digits", "--size", 64, "--batch-size", 4, "--out", tmp_path / "plan.json")["plan"]
+        assert list(plan["layers"]) == ["features.17.conv.0.0", "features.17.conv.1.0", "features.17.conv.2",
+                                        "features.18.0"]
+
     def test_takes_a_published_scheme(self, tmp_path: Path) -> None:
         network, file = ("--model", "mcunet", "--data", "digits", "--size", 64, "--limit", 20), tmp_path / "plan.json"
         assert run_verb("plan", *network, "--scheme", "mcunet-49KB", "--out", file).exit_code == 0

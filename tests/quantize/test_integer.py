@@ -19,6 +19,16 @@ int32 = st.integers(-(2**31), 2**31 - 1)
 scales = st.one_of(st.floats(1e-12, 1), st.integers(0, 34).map(lambda k: 2.0**-k), st.just(1 - 2.0**-40))
 
 
+def whole(parts: integer.Parts, shape: tuple[int, ...]) -> torch.Tensor:
+    """A map from its parts, each number of which must be given once."""
+    got, seen = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
+    for where, part in parts:
+        got[where] = part
+        seen[where] += 1
+    assert bool((seen == 1).all())
+    return got
+
+
 def how(seed: int) -> Quantization:
     generator = np.random.default_rng(seed)
     return Quantization(scale=float(generator.uniform(0.001, 0.5)), zero_point=int(generator.integers(-128, 128)))
@@ -64,10 +74,31 @@ class TestConv:
         scale = random.uniform(1e-5, 1e-2, geometry.out_channels)
         acc = reference.conv(x, weight, bias, zero, geometry)
         by = integer.fixed_point(torch.tensor(scale).view(1, -1, 1, 1))
-        x, weight, bias = torch.tensor(x).float(), torch.tensor(weight).to(torch.int8), torch.tensor(bias).int()
-        got = integer.conv(x, weight, bias, zero, geometry, by)
+        x, weight, bias = torch.tensor(x).to(torch.int8), torch.tensor(weight).to(torch.int8), torch.tensor(bias).int()
+        got = whole(integer.conv(x, weight, bias, zero, geometry, by), acc.shape)
         for n, o, p, q in np.ndindex(*acc.shape):
             assert int(got[n, o, p, q]) == reference.requantize(acc[n, o, p, q], float(scale[o]))
+
+    @given(geometry=geometries(max_size=4), seed=st.integers(0, 99), batch=st.integers(1, 3), run=st.integers(1, 40),
+           part=st.integers(1, 40))  # fmt: skip
+    def test_is_the_same_however_it_is_cut(
+        self, geometry: ConvGeometry, seed: int, batch: int, run: int, part: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+            return torch.randint(low, high, shape, generator=generator)
+
+        x = integers(-128, 128, batch, geometry.in_channels, *geometry.in_hw).to(torch.int8)
+        weight = integers(-127, 128, geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel)
+        bias, scale = integers(-99, 99, len(weight)), torch.rand(1, len(weight), 1, 1, generator=generator) / 99
+        operands = (x, weight.to(torch.int8), bias.int(), 3, geometry, integer.fixed_point(scale.double()))
+        shape = (batch, geometry.out_channels, *geometry.out_hw)
+        at_once = whole(integer.conv(*operands), shape)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(integer, "RUN", run)
+            patch.setattr(integer, "PART", part)
+            assert torch.equal(whole(integer.conv(*operands), shape), at_once)
 
     @pytest.mark.parametrize("bias", [0, 2**24])
     def test_is_exact_in_the_worst_case(self, bias: int) -> None:
@@ -110,16 +141,17 @@ def test_add_equals_the_reference(seed: int) -> None:
     random = np.random.default_rng(seed)
     hows = how(seed), how(seed + 1), how(seed + 2)
     x1, x2 = (random.integers(-128, 128, (2, 3, 5, 1)) for _ in range(2))
-    got = integer.add(torch.from_numpy(x1), torch.from_numpy(x2), *hows)
+    got = whole(integer.add(torch.from_numpy(x1), torch.from_numpy(x2), *hows), x1.shape)
     assert got.tolist() == reference.add(x1, x2, *hows).tolist()
 
 
 @given(seed=st.integers(0, 999))
 def test_add_is_the_real_sum_to_the_nearest(seed: int) -> None:
     first, second, out = how(seed), how(seed + 1), how(seed + 2)
-    x1, x2 = torch.randint(-128, 128, (2, 1000), generator=torch.Generator().manual_seed(seed))
+    x1, x2 = torch.randint(-128, 128, (2, 2, 10, 10, 5), generator=torch.Generator().manual_seed(seed))
     real = (integer.dequantize(x1.double(), first) + integer.dequantize(x2.double(), second)) / out.scale
-    assert (integer.add(x1, x2, first, second, out) - real).abs().max() < 0.51
+    got = whole(integer.add(x1, x2, first, second, out), x1.shape)
+    assert (got - real).abs().max() < 0.51
 
 
 @pytest.mark.parametrize("pixels", [(1, 1), (1, 7), (7, 5)])
@@ -128,13 +160,13 @@ def test_mean_is_the_real_mean_to_the_nearest(pixels: tuple[int, int]) -> None:
     out = Quantization(scale=source.scale * 1.1 / (pixels[0] * pixels[1]), zero_point=3)
     x = torch.randint(-128, 128, (2, 3, *pixels))
     real = integer.dequantize(x.double(), source).mean((2, 3), keepdim=True) / out.scale
-    assert (integer.mean(x, source, out) - real).abs().max() <= 1.0
+    assert (whole(integer.mean(x, source, out), (2, 3, 1, 1)) - real).abs().max() <= 1.0
 
 
 def test_mean_of_one_pixel_in_its_own_scale_is_that_pixel() -> None:
     source = how(1)
     x = torch.arange(-128, 128).view(1, 256, 1, 1)
-    assert torch.equal(integer.mean(x, source, source) + source.zero_point, x)
+    assert torch.equal(whole(integer.mean(x, source, source), x.shape) + source.zero_point, x)
 
 
 def test_quantize_rounds_halves_to_even_and_saturates() -> None:

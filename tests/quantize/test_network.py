@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from edgetune.contract import Needs
 from edgetune.errors import ModelError, PlanError, Refusal
 from edgetune.overlap import ConvGeometry
-from edgetune.quantize import Quantized, QuantizedNetwork, Rounded, Stepped, integer, last_layers
+from edgetune.profile import measured_peak
+from edgetune.quantize import Quantized, QuantizedNetwork, Rounded, Stepped, integer, last_layers, quantize
 from edgetune.quantize.network import QuantizedConv
 from edgetune.quantize.record import Add, Conv, Linear, Mean, Pad, Quantization, Subsample
-from edgetune.quantize.rules import ConvRule
+from edgetune.quantize.rules import ConvRule, handle
 from geometries import geometries, operands
-from integer_nets import odd
+from integer_nets import kept, odd
 
 ALL = 99
 
@@ -26,6 +28,14 @@ ALL = 99
 def straight_through(value: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """`exact` forward, the gradient of `value` backward."""
     return value + (exact - value).detach()
+
+
+def gathered(parts: integer.Parts, like: torch.Tensor) -> torch.Tensor:
+    """A map from its parts."""
+    got = torch.empty_like(like)
+    for where, part in parts:
+        got[where] = part.to(like.dtype)
+    return got
 
 
 def convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, layer: Conv, source: Quantization,
@@ -54,12 +64,12 @@ def simulated(quantized: Quantized, x: torch.Tensor, learned: dict[str, torch.Te
                 maps[layer.name] = convolved(xs[0], weight, bias, layer, hows[0], scale)
             case Add():
                 real = sum(integer.dequantize(each, how) for each, how in zip(xs, hows)) / layer.out.scale
-                exact = integer.add(*(each.detach() for each in xs), *hows, layer.out)
+                exact = gathered(integer.add(*(each.detach() for each in xs), *hows, layer.out), real)
                 before = straight_through(real, exact) + layer.out.zero_point
                 maps[layer.name] = before.clamp(layer.low, layer.high)
             case Mean():
                 real = integer.dequantize(xs[0], hows[0]).mean((2, 3), keepdim=True) / layer.out.scale
-                before = straight_through(real, integer.mean(xs[0].detach(), hows[0], layer.out))
+                before = straight_through(real, gathered(integer.mean(xs[0].detach(), hows[0], layer.out), real))
                 maps[layer.name] = (before + layer.out.zero_point).clamp(layer.low, layer.high)
             case Subsample():
                 maps[layer.name] = xs[0][:, :, :: layer.stride[0], :: layer.stride[1]]
@@ -116,18 +126,20 @@ class TestGradients:
         bias = 100 * torch.randn(len(weight), generator=generator, dtype=torch.float64)
         scale = 1e-3 * (0.5 + torch.rand(len(weight), generator=generator, dtype=torch.float64))
         out = Quantization(scale=0.1, zero_point=-20)
-        layer = Conv(name="c", sources=("input",), shape=(1, 1, 1), out=out, low=-40, high=30, geometry=geometry)
+        shape = (geometry.out_channels, *geometry.out_hw)
+        layer = Conv(name="c", sources=("input",), shape=shape, out=out, low=-40, high=30, geometry=geometry)
         source = Quantization(scale=0.1, zero_point=-3)
         tensors = [t.requires_grad_() for t in (x, weight, bias)]
         wanted = torch.autograd.grad(convolved(*tensors, layer, source, scale), tensors, gy)
         rule, (m, s) = ConvRule(layer, source), integer.fixed_point(scale)
         # both maps have one scale, so that the weight's is the whole
         params = {"weight": weight, "bias": bias, "weight_scale": scale, "multiplier": m, "shift": s}
-        needs = Needs((True,), frozenset({"weight", "bias"}))
+        needs = Needs((True, False), frozenset({"weight", "bias"}))
         detached = {name: tensor.detach() for name, tensor in params.items()}
-        (y,), kept = rule.forward(None, [x.detach()], detached, needs)
-        assert torch.equal(y, convolved(x, weight, bias, layer, source, scale).detach())
-        (gx,), grads = rule.backward(None, kept, [gy], detached, needs)
+        (like, y), kept = rule.forward(None, [handle(x.shape, x), x.detach().to(torch.int8)], detached, needs)
+        assert torch.equal(y.double(), convolved(x, weight, bias, layer, source, scale).detach())
+        assert (like.shape, like.untyped_storage().nbytes()) == (y.shape, 8)
+        (gx, _), grads = rule.backward(None, kept, [gy], detached, needs)
         for got, want in zip((gx, grads["weight"], grads["bias"]), wanted):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -146,23 +158,6 @@ class TestGradients:
         network = QuantizedNetwork(quantized, last_layers(quantized.graph, 1))
         with pytest.raises(Refusal, match="cannot be differentiated again"):
             torch.autograd.grad(network(x).sum(), list(network.parameters())[-3:], create_graph=True)
-
-
-def kept(network: QuantizedNetwork, x: torch.Tensor) -> int:
-    """Bytes that a forward pass leaves for backward, by storage, parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers()]}
-    seen: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = network(x)
-    assert y.shape
-    return sum(seen.values())
 
 
 def bits(*shapes: tuple[int, ...]) -> int:
@@ -200,17 +195,26 @@ class TestKept:
 
 def test_maps_live_only_until_they_are_read() -> None:
     _, quantized, x = odd()
-    network, made, alive = QuantizedNetwork(quantized, last_layers(quantized.graph, ALL)), [], []
+    learns = last_layers(quantized.graph, 0, biases=ALL)  # a weight that learns keeps the map that it reads
+    network, made, alive = QuantizedNetwork(quantized, learns), [], []
 
     def watch(module: torch.nn.Module, inputs: object, y: torch.Tensor) -> None:
         alive.append([number for number, ref in enumerate(made) if ref() is not None])
-        made.append(weakref.ref(y))
+        made.append(weakref.ref(getattr(y, "integers", y)))
 
     for step in network.steps:
         step.register_forward_hook(watch)
     network(x)
     # by number of step: 0 1 2 convolutions, 3 add, 4 convolution, 5 every second pixel, 6 zero channels, 7 add, 8 mean
     assert alive == [[], [0], [0, 1], [0, 2], [3], [3, 4], [4, 5], [4, 6], [7], [8]]
+
+
+def test_a_frozen_network_needs_less_than_one_of_its_maps_in_float() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.ReLU(),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2)).eval()  # fmt: skip
+    x = torch.randn(1, 3, 64, 64)
+    quantized = quantize(model, [x])
+    assert 2 * 64 * 64 * 64 < measured_peak(QuantizedNetwork(quantized), x) < 4 * 64 * 64 * 64
 
 
 class TestLearns:

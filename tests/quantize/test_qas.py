@@ -16,6 +16,7 @@ from edgetune.quantize import (
     last_layers,
     quantize,
     scale_gradients,
+    weights,
 )
 from edgetune.quantize.qas import factors
 from integer_nets import odd
@@ -45,9 +46,34 @@ class TestScaling:
         bias_scale = weight_scale * quantized.graph.input.scale
         torch.testing.assert_close(conv.bias.value.grad * bias_scale, twin[0].bias.grad, rtol=1e-6, atol=0)
 
+    def test_with_the_gain_it_is_a_step_on_the_filter_in_front_of_its_norm(self) -> None:
+        conv, x = nn.Conv2d(3, 6, 3, bias=False), torch.randn(5, 3, 9, 8)
+        norm = nn.BatchNorm2d(6)
+        norm.weight.data, norm.running_var = torch.tensor([2.0, -0.5, 0.1, 1, 3, -1]), torch.rand(6) + 0.1
+        model = nn.Sequential(conv, norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+        quantized = quantize(model, [x, 1.5 * x])
+        network = QuantizedNetwork(quantized, last_layers(quantized.graph, 9)).double()
+        cotangent = torch.randn(5, 4, dtype=torch.float64)
+        found = {}
+        for gains in (True, False):
+            network.zero_grad()
+            network(x.double()).backward(cotangent)
+            scale_gradients(network, gains=gains)
+            found[gains] = next(network.convs()).weight.value.grad
+        seen = integer.dequantize(integer.quantize(x.double(), quantized.graph.input), quantized.graph.input)
+        model.double()(seen).backward(cotangent)
+        gain = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
+        scale = quantized.tensors["0.weight_scale"]
+        torch.testing.assert_close(quantized.tensors["0.gain"], gain, rtol=1e-6, atol=0)
+        # a step on the integers, through scale and gain, is what the filter itself would have gone
+        step = found[True] * (scale / gain).view(-1, 1, 1, 1)
+        torch.testing.assert_close(step, conv.weight.grad, rtol=1e-6, atol=1e-12)
+        folded = found[False] * (scale * gain).view(-1, 1, 1, 1)
+        torch.testing.assert_close(folded, conv.weight.grad, rtol=1e-6, atol=1e-12)
+
     def test_factors(self) -> None:
-        weight, bias = factors(torch.tensor([0.5, 0.1]), 0.2)
-        assert weight.tolist() == pytest.approx([4, 100])
+        weight, bias = factors(torch.tensor([0.5, 0.1]), 0.2, torch.tensor([1.0, -3.0]))
+        assert weight.tolist() == pytest.approx([4, 900])
         assert bias.tolist() == pytest.approx([100, 2500])
 
     def test_leaves_the_head_and_frozen_layers_alone(self) -> None:
@@ -79,6 +105,16 @@ class TestStepped:
         held = Stepped(torch.tensor([5, -5], dtype=torch.int8), 127)
         held.move(torch.tensor([2.0, -3.0]))
         assert held.value.tolist() == [7, -8]
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_moves_the_same_in_parts(self, monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format) -> None:
+        moved = []
+        for part in (10**6, 40):
+            monkeypatch.setattr(weights, "PART", part)
+            held = Stepped(torch.arange(-60, 60, dtype=torch.int8).view(6, 5, 2, 2), 127).to(memory_format=layout)
+            held.move(torch.full((6, 5, 2, 2), 0.5), torch.Generator().manual_seed(0))
+            moved.append(held.value.flatten().tolist())
+        assert moved[0] == moved[1] != list(range(-60, 60))
 
     def test_clips(self) -> None:
         held = Stepped(torch.tensor([120, -120], dtype=torch.int8), 127)

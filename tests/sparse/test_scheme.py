@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import edgetune as et
 from edgetune.contract import Plan
@@ -13,7 +14,16 @@ from edgetune.errors import PlanError
 from edgetune.methods.backward.sparse_update import SparseUpdate
 from edgetune.models import load_model
 from edgetune.profile import measure, profile
-from edgetune.sparse import place_windows, released_plan, released_schemes, scheme_plan, sparse_plan
+from edgetune.quantize import QuantizedNetwork, quantize
+from edgetune.sparse import (
+    place_windows,
+    released_plan,
+    released_schemes,
+    scheme_learns,
+    scheme_plan,
+    sparse_learns,
+    sparse_plan,
+)
 from nets import NETS
 
 SCHEMES = released_schemes()
@@ -35,6 +45,25 @@ def test_a_released_scheme_fits_its_network(name: str, tmp_path: Path) -> None:
     predicted = profile(model, x, plan, graph=graph)
     et.apply(model, plan)
     assert predicted.layers == measure(model, x, repeats=1).layers
+
+
+@pytest.mark.parametrize("name", [name for name, scheme in SCHEMES.items() if scheme.memory_kb < 50])
+def test_a_released_scheme_fits_the_integer_network(name: str) -> None:
+    """The same layers and shares as in float; windows lie where the folded weights are largest."""
+    scheme = SCHEMES[name]
+    model, x = load_model(scheme.network, num_classes=3).eval(), torch.randn(1, 3, 64, 64)
+    quantized = quantize(model, [x])
+    learns, plan = scheme_learns(quantized, scheme), scheme_plan(et.trace(model, x), scheme)
+    windows = {layer: [role for role in roles if not isinstance(role, str)] for layer, roles in learns.items()}
+    assert {layer: own[0].ratio for layer, own in windows.items() if own} == {
+        layer: own.ratio for layer, (own,) in plan.layers.items()
+    }
+    assert sum("bias" in learns.get(conv.name, ()) for conv in quantized.graph.convs) == scheme.biases
+    F.cross_entropy(QuantizedNetwork(quantized, learns)(x), torch.tensor([1])).backward()
+    with pytest.raises(PlanError, match="last 99 biases"):
+        sparse_learns(quantized, 99, {})
+    with pytest.raises(PlanError, match="was made for 7 convolutions"):
+        scheme_learns(quantized, scheme.model_copy(update={"convolutions": 7}))
 
 
 def test_a_larger_scheme_of_the_same_network_takes_more() -> None:

@@ -48,7 +48,8 @@ def adapt(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
 def trainee_of(bench: Bench, arm: Arm, train: Sequence[int], seed: int) -> Trainee:
     """The case's network as the arm makes it, which has looked at photos from all over the training part."""
     spread = list(train[:: max(1, len(train) // LOOKED_AT)][:LOOKED_AT])
-    return arm.prepare(bench.learning_part(seed), bench.source().seen(spread, None))
+    x, y = bench.source().seen(spread, None), bench.photos().labels[spread]
+    return arm.prepare(bench.learning_part(seed), x, y)
 
 
 def _train(trainee: Trainee, bench: Bench, train: Sequence[int], rate: float, seed: int) -> list[Line]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,20 @@ from edgetune.frozen import front_of, install
 from edgetune.graph import Graph, trace
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
-from edgetune.quantize import QuantizedNetwork, Rounded, Stepped, StochasticSGD, quantize, scale_gradients
+from edgetune.methods.backward.tinytl import TinyTL
+from edgetune.quantize import (
+    Quantized,
+    QuantizedNetwork,
+    Rounded,
+    Stepped,
+    StochasticSGD,
+    quantize,
+    scale_gradients,
+)
 from edgetune.quantize import last_layers as last_integers
+from edgetune.quantize.network import Learns
 from edgetune.quantize.weights import Held
+from edgetune.sparse.scheme import place_windows, released_schemes, sparse_plan
 
 BATCH = 32
 
@@ -35,21 +46,25 @@ def _stochastic_sgd(model: nn.Module, rate: float, momentum: float, seed: int) -
     return StochasticSGD(model, lr=rate, momentum=momentum, seed=seed)
 
 
-def _leave(model: Any) -> None:
+def leave(model: Any) -> None:
     """Gradients as they are."""
 
 
 @dataclass(frozen=True)
 class Trainee:
-    """A network that is ready to train: `rescale` comes after backward, `optimizer` takes (rate, momentum, seed)."""
+    """A network that is ready to train: `rescale` comes after backward, `optimizer` takes (rate, momentum, seed).
+
+    `plan` is what was applied, where a bench asks for it.
+    """
 
     model: nn.Module
-    rescale: Callable[[Any], None] = _leave
+    rescale: Callable[[Any], None] = leave
     optimizer: Callable[[nn.Module, float, float, int], torch.optim.Optimizer] = _sgd
+    plan: Plan | None = None
 
 
-Prepare = Callable[[nn.Module, torch.Tensor], Trainee]
-"""From a pretrained network in eval mode and pictures x (n c h w) to trace and calibrate with."""
+Prepare = Callable[[nn.Module, torch.Tensor, torch.Tensor], Trainee]
+"""From a pretrained network in eval mode, with pictures x (n c h w) and labels y (n) to trace and calibrate with."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +97,8 @@ def stock(count: int | None = None, scales: bool = True) -> Prepare:
     Norms learn their scales only with `scales`.
     """
 
-    def prepare(model: nn.Module, pictures: torch.Tensor) -> Trainee:
-        learned = last_layers(trace(model, pictures[:BATCH]), count, Exact(), scales=scales).learned()
+    def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+        learned = last_layers(trace(model, x[:BATCH]), count, Exact(), scales=scales).learned()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in learned)
         for parameter in model.parameters():
@@ -97,8 +112,8 @@ def stock(count: int | None = None, scales: bool = True) -> Prepare:
 def planned(plan: Callable[[Graph], Plan]) -> Prepare:
     """By the plan that `plan` makes of the graph."""
 
-    def prepare(model: nn.Module, pictures: torch.Tensor) -> Trainee:
-        graph = trace(model, pictures[:BATCH])
+    def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+        graph = trace(model, x[:BATCH])
         apply(model, plan(graph), graph)
         return Trainee(model)
 
@@ -127,24 +142,51 @@ def frozen_int8(prepare: Prepare) -> Prepare:
     case has to train on photos, not on maps behind frozen blocks.
     """
 
-    def prepared(model: nn.Module, pictures: torch.Tensor) -> Trainee:
-        install(model, front_of(prepare(copy.deepcopy(model), pictures).model, pictures.split(BATCH)))
-        return prepare(model, pictures)
+    def prepared(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+        install(model, front_of(prepare(copy.deepcopy(model), x, y).model, x.split(BATCH)))
+        return prepare(model, x, y)
 
     return prepared
 
 
-def integers(count: int | None, scaled: bool, state: type[Held] = Rounded) -> Prepare:
+def tinytl(count: int | None = None, residuals: bool = True, biases: bool = True) -> Arm:
+    """TinyTL in the last `count` blocks (None: in all): lite residuals, biases, or both; and the head."""
+    method = TinyTL(residuals=residuals, biases=biases)
+    parts = [part for part, learns in (("residuals", residuals), ("biases", biases)) if learns]
+    return Arm(f"tinytl, {' and '.join(parts)}", planned(lambda graph: method.last_blocks(graph, count)))
+
+
+def integers(
+    count: int | None, rescale: Callable[[Any], None] = scale_gradients, state: type[Held] = Rounded
+) -> Prepare:
     """The int8 network; weights and biases of its last `count` convolutions (None: all) and the head learn.
 
-    `scaled` is quantization-aware scaling, `state` how weights are held between steps.
+    `rescale` is what quantization-aware scaling does, `state` how weights are held between steps.
     """
 
-    def prepare(model: nn.Module, pictures: torch.Tensor) -> Trainee:
-        record = quantize(model, pictures.split(BATCH))
+    def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+        record = quantize(model, x.split(BATCH))
         learns = last_integers(record.graph, len(record.graph.convs) if count is None else count)
-        network = QuantizedNetwork(record, learns, state)
-        optimizer = _stochastic_sgd if state is Stepped else _sgd
-        return Trainee(network, scale_gradients if scaled else _leave, optimizer)
+        return replace(qas(record, learns, state), rescale=rescale)
 
     return prepare
+
+
+def scheme(name: str) -> Prepare:
+    """A published sparse update (see `edgetune.sparse`), counted from the end: what it learns may be all there is."""
+
+    def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+        graph, published = trace(model, x[:BATCH]), released_schemes()[name]
+        skipped = published.convolutions - len(graph.layers("conv"))
+        ratios = {index - skipped: ratio for index, ratio in published.ratios.items()}
+        apply(model, place_windows(model, graph, sparse_plan(graph, published.biases, ratios)), graph)
+        return Trainee(model)
+
+    return prepare
+
+
+def qas(record: Quantized, learns: Learns, state: type[Held]) -> Trainee:
+    """An integer network that learns `learns`, with quantization-aware scaling."""
+    return Trainee(
+        QuantizedNetwork(record, learns, state), scale_gradients, _stochastic_sgd if state is Stepped else _sgd
+    )

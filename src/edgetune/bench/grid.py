@@ -56,7 +56,7 @@ class Grid:
     """A suite: cases in the order of its table, rows with the deciding ones first, what is found out in a cell.
 
     `search` is what is found out in trying a learning rate. `facts` are fields of a cell that its row has too, and
-    `medians` those of which it has the median over the cells, with that of plain beside it.
+    `medians` those of which it has the median over the cells, with that of the `baseline` arm beside it.
     """
 
     suite: str
@@ -66,10 +66,11 @@ class Grid:
     search: Study
     facts: tuple[str, ...] = ()
     medians: tuple[str, ...] = ()
+    baseline: str = PLAIN
 
     def plain(self, case: Case) -> Arm:
         """What the arms of a case are compared with."""
-        return next(arm for other, arm in self.rows if other == case and arm.method == PLAIN)
+        return next(arm for other, arm in self.rows if other == case and arm.method == self.baseline)
 
     def run(self, options: GridOptions) -> dict[str, Any]:
         """Work through the cells that are not there yet, then summarise: {machine, versions, git, rows}.
@@ -142,7 +143,7 @@ class Grid:
                 rows.setdefault((line["method"], line["patch_px"], line["taps"]), {})[line["run"]] = line
         order = {name: index for index, name in enumerate(cases)}
         return [
-            self._row(cells, groups[key].get((PLAIN, None, None), {}))
+            self._row(cells, groups[key].get((self.baseline, None, None), {}))
             for key in sorted(groups, key=lambda key: (order[key[0]], key[1]))
             for cells in groups[key].values()
         ]
@@ -158,7 +159,7 @@ class Grid:
             "seeds": len(accuracies),
         }
         common = sorted(cells.keys() & plain.keys())
-        if not common or last["method"] == PLAIN:
+        if not common or last["method"] == self.baseline:
             return row
         beside = {"kept_bytes": plain[common[0]]["kept_bytes"], **_medians(plain, self.medians)}
         return {**row, **_compared(cells, plain, common), **{f"{name}_baseline": n for name, n in beside.items()}}

@@ -95,6 +95,12 @@ def drifted_cifar(root: Path, preprocess: Preprocess, limit: int = 2000, seeds: 
     return _one_split("cifar10:drift", preprocess, limit, seeds, Augment(shift_px=3))
 
 
+def plain_cifar(root: Path, preprocess: Preprocess, limit: int = 2000, seeds: int = 3) -> Photos:
+    """CIFAR-10 as it is: `limit` photos to train on and as many to test, for all seeds."""
+    os.environ.setdefault("EDGETUNE_DATA", str(root))
+    return _one_split("cifar10", preprocess, limit, seeds, Augment(shift_px=3))
+
+
 def drifted_digits(root: Path, preprocess: Preprocess, limit: int | None = None, seeds: int = 3) -> Photos:
     """The built-in digits through another camera: 600 to train on and 400 to test, for all seeds."""
     return _one_split("digits:drift", preprocess, limit, seeds, None)

@@ -1,10 +1,10 @@
 """`edgetune bench training`: the ways to train on a device side by side, on the same network, photos and seeds.
 
-The digits network on drifted digits, all layers (three seeds); ResNet-20 on a drifted CIFAR-10, its last six
-convolutions (three seeds); MobileNetV2 on flowers5, its last four blocks (five folds). The head learns everywhere.
-Every arm is trained by SGD without momentum and without clipping, so that nothing but the network and its gradients
-has to be held. Each has a learning rate of its own, chosen among some around where it learns at all, because blurred
-gradients, a head alone and integers have each their own scale; "exact" and "MobileTL" take plain's, and the int8 state
+Three seeds on digits and CIFAR-10, five folds on flowers5. The head learns everywhere. Networks whose weights are not
+at hand have been taught CIFAR-10 before (`bench.pretrain`). Every arm is trained by SGD without momentum and without
+clipping, so that nothing but the network and its gradients has to be held. Each has a learning rate of its own,
+chosen among some around where it learns at all, because blurred gradients, a head alone and integers have each their
+own scale; "exact", "MobileTL", "last ...", "sparse ..." and "... and gains" take plain's, and "int8 state with QAS"
 that of the rounded floats. A rate counts by the worst of three seeds.
 
 "plain" is stock autograd with norms in eval, all that the case lets learn: weights, norm scales and norm shifts.
@@ -14,20 +14,22 @@ that of the rounded floats. A rate counts by the worst of three seeds.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from edgetune.bench.adapt import adapt
-from edgetune.bench.arms import Arm, chain, integers, last, planned, stock
-from edgetune.bench.cases import Bench, Case, Recipe
+from edgetune.bench.arms import Arm, chain, integers, last, leave, planned, scheme, stock, tinytl
+from edgetune.bench.cases import DIGITS_NET, IMAGENET_V2, RESNET20, RESNET20_JPEG, Bench, Case, Recipe, pupil
 from edgetune.bench.cells import Line
-from edgetune.bench.costs import CLOCK, step_costs
+from edgetune.bench.costs import CLOCK, kept_of_whole, step_costs
 from edgetune.bench.grid import PLAIN, Grid, GridOptions
-from edgetune.bench.photos import Split
+from edgetune.bench.photos import Split, drifted_cifar
+from edgetune.bench.pretrain import Lesson, cycles
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.mobiletl import MobileTL, last_blocks
-from edgetune.quantize import Stepped
+from edgetune.quantize import Stepped, scale_gradients
 
 
 class Options(GridOptions):
@@ -39,15 +41,38 @@ class Options(GridOptions):
 RATES = (0.003, 0.01, 0.03, 0.1)
 CHAIN_RATES = (0.003, 0.01, 0.03)
 HEAD_RATES = (0.3, 1.0, 3.0, 10.0)
+BRANCH_RATES = (0.01, 0.03, 0.1, 0.3)
 SCALED_RATES = (0.003, 0.01, 0.03)
 UNSCALED_RATES = (0.3, 1.0, 3.0, 10.0)
 """Without quantization-aware scaling gradients of integers are small, by how much nobody knows beforehand."""
 SEARCHED_SEEDS = 3
 BARE = Recipe(momentum=0.0, clip=None, clock="cpu")
 
-DIGITS = Case("digits_net@32 all", "digits_net", 32, 10, None, RATES, BARE)
-CIFAR = Case("resnet20@32 last 6", "resnet20", 32, 3, None, RATES, BARE)
-FLOWERS = Case("mobilenet_v2@96 last 4 blocks", "mobilenet_v2_tf", 96, 3, None, RATES, BARE)
+DIGITS = Case("digits_net@32 all", DIGITS_NET, 32, 10, None, RATES, BARE)
+CIFAR = Case("resnet20@32 last 6", RESNET20, 32, 3, None, RATES, BARE)
+JPEG = Case("resnet20@32 last 6 undrifted", RESNET20_JPEG, 32, 3, None, RATES, BARE)
+FLOWERS = Case("mobilenet_v2@160 last 4 blocks", IMAGENET_V2, 160, 3, 15, RATES, BARE)
+V3 = Case(
+    "mobilenet_v3_small@64 last 4 blocks",
+    pupil(Lesson(network="mobilenet_v3_small", size=64), drifted_cifar),
+    *(64, 3, None, RATES, BARE),
+)
+MCUNET = Case(
+    "mcunet@64 last 4 blocks",
+    pupil(Lesson(network="mcunet", size=64), drifted_cifar),
+    *(64, 3, None, RATES, BARE),
+)
+RESNET18 = Case(
+    "resnet18@32 last 4",
+    pupil(Lesson(network="resnet18", size=32), drifted_cifar),
+    *(32, 3, None, RATES, BARE),
+)
+SPARSE = Case(
+    "mobilenet_v2_0.35@64 last 25",
+    pupil(Lesson(network="mobilenet_v2_0.35", size=64, cycles=cycles(8, 3)), drifted_cifar),
+    *(64, 5, 10, RATES, BARE),
+)
+"""The last 25 convolutions are what the published 99 KB scheme lets learn."""
 
 BEFORE = Arm("before", stock(), trains=False)
 HEAD = Arm("head only", stock(0), rates=HEAD_RATES)
@@ -77,23 +102,62 @@ def mobiletl(blocks: int) -> Arm:
     return Arm("MobileTL", planned(lambda graph: last_blocks(graph, blocks, MobileTL())))
 
 
+def bits(blocks: int) -> tuple[Arm, ...]:
+    """MobileTL on a network with hard-swish: two bits of its slope, and one."""
+    made = {2: "two bits", 1: "one bit"}
+    return tuple(
+        Arm(f"MobileTL, {name}", planned(partial(last_blocks, count=blocks, method=MobileTL(hardswish_bits=number))))
+        for number, name in made.items()
+    )
+
+
+def branches(blocks: int) -> Arm:
+    """TinyTL: lite residuals and biases of the last blocks."""
+    return replace(tinytl(blocks), method="TinyTL", rates=BRANCH_RATES)
+
+
+def sparse(name: str) -> Arm:
+    """A published sparse update."""
+    return Arm(f"sparse {name}", scheme(name))
+
+
 def int8(count: int | None) -> tuple[Arm, ...]:
-    """Integer networks: weights as rounded floats without and with scaling, and as int8 themselves."""
-    scaled = Arm("int8 with QAS", integers(count, scaled=True), rates=SCALED_RATES)
+    """Integer networks whose steps are those of the float network, at its rate: rounded floats, and int8 themselves."""
     return (
-        Arm("int8 without QAS", integers(count, scaled=False), rates=UNSCALED_RATES),
+        Arm("int8 with QAS and gains", integers(count)),
+        Arm("int8 state with QAS and gains", integers(count, state=Stepped)),
+    )
+
+
+def int8_published(count: int | None) -> tuple[Arm, ...]:
+    """Integer networks without scaling and with the published one, at rates of their own."""
+    published = partial(scale_gradients, gains=False)
+    scaled = Arm("int8 with QAS", integers(count, published), rates=SCALED_RATES)
+    return (
+        Arm("int8 without QAS", integers(count, leave), rates=UNSCALED_RATES),
         scaled,
         # the same gradients on the same integers: only how a step is rounded differs
-        Arm("int8 state with QAS", integers(count, scaled=True, state=Stepped), rate_of=scaled),
+        Arm("int8 state with QAS", integers(count, published, Stepped), rate_of=scaled),
     )
 
 
 ROWS: tuple[tuple[Case, Arm], ...] = (
-    *((DIGITS, arm) for arm in (plain(None), BEFORE, HEAD, *int8(None), *chains(None), exact(None))),
-    (DIGITS, exact(None, scales=True)),
-    *((CIFAR, arm) for arm in (plain(6), BEFORE, *int8(6), HEAD, *chains(6), exact(6), exact(6, scales=True))),
+    *((DIGITS, arm) for arm in (plain(None), BEFORE, HEAD, *int8_published(None), *chains(None), exact(None))),
+    *((DIGITS, arm) for arm in (exact(None, scales=True), *int8(None))),
+    *(
+        (CIFAR, arm)
+        for arm in (plain(6), BEFORE, *int8_published(6), HEAD, *chains(6), exact(6), exact(6, scales=True))
+    ),
+    *((CIFAR, arm) for arm in (*int8(6), branches(3))),
     # the last three inverted residual blocks and the convolution behind them: ten convolutions
-    *((FLOWERS, arm) for arm in (plain(10), mobiletl(3), *chains(10), HEAD, exact(10))),
+    *((FLOWERS, arm) for arm in (plain(10), mobiletl(3), exact(10), HEAD, branches(3), *chains(10)[:2])),
+    *((SPARSE, arm) for arm in (plain(25), HEAD)),
+    *((SPARSE, replace(exact(count), method=f"last {count}")) for count in (2, 4, 6, 9, 12)),
+    *((SPARSE, sparse(f"mobilenet_v2_0.35-{size}KB")) for size in (49, 73, 99)),
+    *((JPEG, arm) for arm in (plain(6), BEFORE, *int8(6), *chains(6)[:1], exact(6))),
+    *((V3, arm) for arm in (plain(21), BEFORE, HEAD, *bits(4), *chains(21)[:1], exact(21))),
+    *((MCUNET, arm) for arm in (plain(12), BEFORE, HEAD, *int8(12), sparse("mcunet-99KB"), *chains(12)[:1], exact(12))),
+    *((RESNET18, arm) for arm in (plain(4), BEFORE, HEAD, *int8(4), *chains(4)[:1], exact(4))),
 )
 """The default grid, the deciding rows first."""
 
@@ -107,18 +171,20 @@ def search(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line
 def study(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
     """Accuracy and bytes kept of a cell; in the first of a row, what a step costs beside one of plain."""
     found = {**adapt(bench, arm, split, rate, seed), "threads": torch.get_num_threads(), "clock": CLOCK}
+    if bench.case.first is not None:
+        found["kept_bytes"] = kept_of_whole(bench, arm, split)
     costed = arm.trains and seed == 0
     return {**found, **(step_costs(bench, arm, GRID.plain(bench.case), split) if costed else {})}
 
 
 GRID = Grid(
     "training",
-    (DIGITS, CIFAR, FLOWERS),
+    (DIGITS, CIFAR, JPEG, FLOWERS, SPARSE, V3, MCUNET, RESNET18),
     ROWS,
     study=study,
     search=search,
     facts=("threads", "clock"),
-    medians=("peak_bytes", "forward_macs", "backward_macs", "method_ms", "baseline_ms", "speedup"),
+    medians=("peak_bytes", "forward_macs", "backward_macs", "moved_bytes", "method_ms", "baseline_ms", "speedup"),
 )
 summarise = GRID.summarise
 

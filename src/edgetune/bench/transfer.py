@@ -15,7 +15,7 @@ from typing import Any
 
 from edgetune.bench.adapt import adapt
 from edgetune.bench.arms import Arm, chain, last, planned, stock
-from edgetune.bench.cases import Case
+from edgetune.bench.cases import IMAGENET_V2, RESNET20, Case
 from edgetune.bench.grid import Grid, GridOptions
 from edgetune.bench.published import PublishedFilter
 from edgetune.contract import Plan
@@ -70,12 +70,11 @@ PLAIN = Arm("plain", stock())
 SHIFTS = Arm("plain, shifts only", stock(scales=False))
 BEFORE = Arm("before", stock(), trains=False)
 
-_FLOWERS = "mobilenet_v2_tf"
-HEAD = Case("head only", _FLOWERS, 160, 5, 19, (0.02, 0.05, 0.1, 0.2))
-LAST2 = Case("last 2 blocks", _FLOWERS, 160, 5, 17, (0.01, 0.02, 0.05))
-LAST4 = Case("last 4 blocks", _FLOWERS, 160, 5, 15, (0.01, 0.02, 0.05))
-ALL = Case("all layers", _FLOWERS, 96, 3, None, (0.01, 0.02))
-CIFAR = Case("ResNet-20, all layers", "resnet20", 32, 3, None, (0.01, 0.02))
+HEAD = Case("head only", IMAGENET_V2, 160, 5, 19, (0.02, 0.05, 0.1, 0.2))
+LAST2 = Case("last 2 blocks", IMAGENET_V2, 160, 5, 17, (0.01, 0.02, 0.05))
+LAST4 = Case("last 4 blocks", IMAGENET_V2, 160, 5, 15, (0.01, 0.02, 0.05))
+ALL = Case("all layers", IMAGENET_V2, 96, 3, None, (0.01, 0.02))
+CIFAR = Case("ResNet-20, all layers", RESNET20, 32, 3, None, (0.01, 0.02))
 
 _LAST = (chain(4), chain(2, "grid"), SHIFTS, published(2), with_bases(4, 3), chain(4, "grid"), chain(7))
 ROWS: tuple[tuple[Case, Arm], ...] = (

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from edgetune.errors import Refusal
-from edgetune.graph import carries_hooks, follow, rewritten
+from edgetune.graph import carries_hooks, follow, rerouted
 from edgetune.meter import PRODUCTS
 from edgetune.route import compiled, routed_graph
 
@@ -83,7 +83,7 @@ def _graph(model: nn.Module) -> fx.Graph:
     routed = routed_graph(model)
     if routed is not None and model.training:
         return routed
-    strange = routed is None and "forward" in model.__dict__ and rewritten(model) is None
+    strange = routed is None and "forward" in model.__dict__ and rerouted(model) is None
     graph, reasons = (None, {"": "its forward was replaced"}) if strange else follow(model)
     if graph is None:
         raise Refusal(type(model).__name__, f"cannot be followed ({reasons['']})", "train it without a cache")

@@ -26,6 +26,8 @@ SUITES = {
     "cache": "epochs from cached features",
     "transfer": "accuracy after adapting",
     "training": "ways to train on a device side by side",
+    "budgets": "the planner beside single methods in the same memory",
+    "ladder": "the memory of a training step, rung by rung",
 }
 RESULTS = Path("bench/results")
 SHOWN = (
@@ -45,6 +47,11 @@ SHOWN = (
     "sample_bytes",
     "kept_bytes",
     "peak_bytes",
+    "arena_bytes",
+    "streamed_bytes",
+    "extra_bytes",
+    "added_bytes",
+    "published_bytes",
     "cosine",
     "scale",
     "accuracy_mean",

@@ -142,6 +142,16 @@ FrozenBits = Annotated[
         help=("Run what is in front of the first layer that learns in integers; a weight of it takes a byte."),
     ),
 ]
+LastBlocks = Annotated[
+    int | None,
+    typer.Option(
+        "--last-blocks",
+        metavar="N",
+        min=1,
+        show_default=False,
+        help=("Let the last blocks of the network learn instead: for the methods mobiletl and tinytl (all blocks)."),
+    ),
+]
 Seed = Annotated[
     int,
     typer.Option("--seed", metavar="N", help=("Decides the order of pictures, their random views and the new head.")),

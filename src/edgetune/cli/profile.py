@@ -68,10 +68,12 @@ def profile(
     if given is None:
         unrestrained(network)
     if options.checked_bits(frozen_bits) is not None:
+        from edgetune.apply import rewrite
         from edgetune.frozen import install, integer_front
 
         if given is None:
             raise PlanError("--frozen-bits is for a plan that leaves the first layers frozen: name it with --plan")
+        rewrite(network, given)
         front = integer_front(network, given, [x])  # what a step takes does not depend on the ranges
         install(network, front)
         given = front.left_over(given)

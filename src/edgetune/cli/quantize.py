@@ -98,7 +98,7 @@ def _first(batches: Any, count: int) -> list[Any]:
 
 def _bytes(quantized: Quantized) -> tuple[int, int]:
     """What weights and biases take in float32, and as they are now."""
-    tensors = [tensor for key, tensor in quantized.tensors.items() if not key.endswith("weight_scale")]
+    tensors = [tensor for key, tensor in quantized.tensors.items() if not key.endswith(("weight_scale", "gain"))]
     return 4 * sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
 
 

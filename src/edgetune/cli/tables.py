@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -88,22 +89,22 @@ def result_table(run: Run) -> Table:
 
 def reasons_table(reasons: Reasons) -> Table:
     """Why each layer got what it got: a number a method in the cells that tell several, in the order of the title."""
-    ways = reasons.layers[0].ways if reasons.layers else ()
-    timed = any(way.ms is not None for way in ways)
+    taken = [[way for way in column if way is not None] for column in zip(*(r.ways for r in reasons.layers))]
+    timed = any(way.ms is not None for ways in taken for way in ways)
     rows = [
         (
             reason.layer,
             f"{100 * reason.importance:.1f} %",
-            " ".join(f"{way.fidelity:.2f}".removeprefix("0") for way in reason.ways),
-            " ".join(f"{way.memory_bytes / KIB:.0f}" for way in reason.ways),
-            *([" ".join(f"{way.ms or 0:.1f}" for way in reason.ways)] if timed else []),
+            _by_way(reason, lambda way: f"{way.fidelity:.2f}".removeprefix("0")),
+            _by_way(reason, lambda way: f"{way.memory_bytes / KIB:.0f}"),
+            *([_by_way(reason, lambda way: f"{way.ms or 0:.1f}")] if timed else []),
             _chosen(reason.ways, reason.way, reason.learns),
             _otherwise(reason),
         )
         for reason in reasons.layers
     ]
     columns = ("layer", "importance", "fidelity", "KiB", *(["ms"] if timed else []), "chosen", "otherwise, points")
-    order = " · ".join(_chosen(ways, number, True) for number in range(len(ways)))
+    order = " · ".join(_chosen((ways[0],), 0, True) if ways else "-" for ways in taken)
     return table(f"why, by method: {order}", columns, rows)
 
 
@@ -118,13 +119,18 @@ def reasons_facts(reasons: Reasons) -> list[tuple[str, str]]:
     return facts
 
 
-def _chosen(ways: tuple[Way, ...], number: int | None, learns: bool) -> str:
+def _by_way(reason: Reason, tell: Callable[[Way], str]) -> str:
+    """A number a method; a dash where a layer does not have that choice."""
+    return " ".join("-" if way is None else tell(way) for way in reason.ways)
+
+
+def _chosen(ways: Sequence[Way | None], number: int | None, learns: bool) -> str:
     from edgetune.contract import known_methods
     from edgetune.report.choices import FROZEN, describe
 
-    if number is None:
+    way = None if number is None else ways[number]
+    if way is None:
         return FROZEN
-    way = ways[number]
     label = describe(known_methods()[way.method](**way.settings), ("weight",) if learns else ()).label
     label = "passes on only, exact" if label == FROZEN else label.removeprefix("filtered, ")
     return label.replace("passes on only, ", "passes, ")

@@ -87,6 +87,13 @@ Resume = Annotated[
 Baseline = Annotated[
     bool, typer.Option("--baseline/--no-baseline", help=("Also train by plain full back-propagation, to compare."))
 ]
+UpdateAsItComes = Annotated[
+    bool,
+    typer.Option(
+        "--update-as-it-comes",
+        help="Use each gradient as soon as it is there, and drop it: less memory, and gradients are not clipped.",
+    ),
+]
 
 
 def train(
@@ -98,6 +105,7 @@ def train(
     epochs: Epochs = None,
     batch_size: options.BatchSize = 32,
     learning_rate: LearningRate = 0.01,
+    update_as_it_comes: UpdateAsItComes = False,
     seed: options.Seed = 0,
     out: Out = None,
     resume: Resume = None,
@@ -107,6 +115,7 @@ def train(
     patch_px: options.PatchPx = None,
     taps: options.Taps = None,
     last: options.Last = None,
+    last_blocks: options.LastBlocks = None,
     val_fraction: options.ValFraction = None,
     size: options.Size = None,
     limit: options.Limit = None,
@@ -130,6 +139,8 @@ def train(
     if resume is not None:
         _finish(resume, _resume(resume), json)
         return
+    from edgetune.run import Settings
+
     order = Order(
         *_names(model, data),
         weights=weights,
@@ -138,11 +149,22 @@ def train(
         allow_partial=allow_partial,
         data_options={"val_fraction": val_fraction, "seed": seed, "limit": limit, "skip_bad_images": skip_bad_images},
     )
-    wish = Wish(memory=memory, step_ms=step_ms, method=method, patch_px=patch_px, taps=taps, last=last, file=plan)
+    wish = Wish(
+        memory=memory,
+        step_ms=step_ms,
+        method=method,
+        patch_px=patch_px,
+        taps=taps,
+        last=last,
+        last_blocks=last_blocks,
+        file=plan,
+    )
     settings = {
         "epochs": epochs or (5 if (order.model, order.data) == (DEMO_MODEL, DEMO_DATA) else 10),
         "batch_size": batch_size,
         "learning_rate": learning_rate,
+        "update_as_it_comes": update_as_it_comes,
+        "clip_norm": None if update_as_it_comes else Settings.model_fields["clip_norm"].default,
         "seed": seed,
         "baseline": baseline,
         "cache": caching.cache_asked(cache, cache_codec, cache_size, cache_views, cache_folder),
@@ -219,6 +241,7 @@ def _train(order: Order, wish: Wish, settings: dict[str, Any], folder: Path) -> 
         x,
         y,
         plain_measured=settings["baseline"],
+        update_as_it_comes=settings["update_as_it_comes"],
         memory_budget_bytes=budget.memory_bytes,
         step_budget_ms=budget.step_ms,
     )

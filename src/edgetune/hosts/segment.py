@@ -30,6 +30,8 @@ class SegmentFunction(torch.autograd.Function):
         # a view of an input handed out as an output would confuse autograd's bookkeeping
         ys = tuple(y.view_as(y) if any(y is x for x in xs) else y for y in ys)
         ctx.save_for_backward(*params.values(), *kept.values())
+        # integers get no gradient, and need no zeros in its place
+        ctx.set_materialize_grads(all(y.is_floating_point() for y in ys))
         return ys
 
     @staticmethod
@@ -56,10 +58,14 @@ def runner(segment: Segment, label: str) -> Callable[..., Any]:
     """A plain function (inputs and params -> output or tuple of outputs) for generated code to call."""
 
     def run(*tensors: torch.Tensor) -> Any:
-        ys = SegmentFunction.apply(segment, *tensors)
-        return ys[0] if len(segment.outputs) == 1 else ys
+        return _opaque(segment, *tensors)
 
-    opaque: Callable[..., Any] = torch.compiler.disable(run)
-    opaque.__name__ = opaque.__qualname__ = label
-    opaque.__module__ = "edgetune.hosts.segment"
-    return opaque
+    run.__name__ = run.__qualname__ = label
+    run.__module__ = "edgetune.hosts.segment"
+    return run
+
+
+@torch.compiler.disable
+def _opaque(segment: Segment, *tensors: torch.Tensor) -> Any:
+    ys = SegmentFunction.apply(segment, *tensors)
+    return ys[0] if len(segment.outputs) == 1 else ys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgetune.quantize.arena import added_bytes, extra_bytes, flash_bytes, training_arena
 from edgetune.quantize.network import QuantizedNetwork, last_layers
 from edgetune.quantize.ptq import quantize
 from edgetune.quantize.qas import StochasticSGD, scale_gradients
@@ -21,4 +22,8 @@ __all__ = [
     "Stepped",
     "scale_gradients",
     "StochasticSGD",
+    "training_arena",
+    "extra_bytes",
+    "added_bytes",
+    "flash_bytes",
 ]

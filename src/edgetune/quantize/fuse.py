@@ -117,16 +117,19 @@ def _check_ends(graph: Graph, steps: list[Step], value_of: dict[str, str]) -> No
                       "give a network with one input, one output and nothing computed beside")
 
 
-def folded(model: nn.Module, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (o i u v) and bias (o) of a convolution or linear layer with its norm folded in, float64."""
+def folded(model: nn.Module, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weight (o i u v) and bias (o) of a convolution or linear layer with its norm folded in, and its gain, float64.
+
+    The gain (o) is what the norm multiplies each filter by; 1 without a norm.
+    """
     held = {role: tensor.detach().double() for role, tensor in _params(model, step.call).items()}
     weight = held["weight"]
     bias = held.get("bias", weight.new_zeros(weight.shape[0]))
     if step.norm is None:
-        return weight, bias
+        return weight, bias, torch.ones_like(bias)
     norm = {role: tensor.detach().double() for role, tensor in _params(model, step.norm).items()}
     gain = (norm["running_var"] + float(step.norm.attributes["eps"] or 0.0)).rsqrt() * norm.get("weight", 1.0)
-    return weight * gain.view(-1, 1, 1, 1), (bias - norm["running_mean"]) * gain + norm.get("bias", 0.0)
+    return weight * gain.view(-1, 1, 1, 1), (bias - norm["running_mean"]) * gain + norm.get("bias", 0.0), gain
 
 
 def _params(model: nn.Module, call: Call) -> dict[str, torch.Tensor]:

@@ -9,13 +9,15 @@
 This is the double rounding of gemmlowp, TFLite's reference kernels and CMSIS-NN's default. Scales s above 1 are
 refused: an output step finer than the accumulator's own shows nothing new, and without left shifts nothing overflows.
 
-Maps travel as float tensors that hold integers, because autograd wants floats. A convolution of such maps is exact as
-long as every partial sum is: `sum |w| * max |x - zero| + |b|` below 2**24 lets float32 carry it, in any order of
-summation; otherwise float64 does (below 2**53, always true here). Float32 is only taken on a CPU, and where torch is
-not told to multiply in something shorter.
+Maps travel as int8; what is computed on the way is wider, and exists in parts alone. A convolution in
+floats is exact as long as every partial sum is: `sum |w| * max |x - zero| + |b|` below 2**24 lets float32 carry it, in
+any order of summation; otherwise float64 does (below 2**53, always true here). Float32 is only taken on a CPU, and
+where torch is not told to multiply in something shorter.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -27,7 +29,14 @@ from edgetune.quantize.record import INT8_HIGH, INT8_LOW, Quantization
 ADD_SHIFT = 20
 """Bits that a sum's operands gain before they are scaled: 255 * 2**20 fits 28 bits."""
 
-_CACHED = 2**16
+RUN, PART = 2**15, 2**14
+"""Numbers that are accumulated at once, and those that are scaled at once: in 64 bits they stay in the cache."""
+
+Place = tuple[slice, slice]
+"""Some samples and channels of a map (n c h w)."""
+
+Parts = Iterator[tuple[Place, torch.Tensor]]
+"""A map in parts: where, and its int32 numbers there before zero point and clamp."""
 
 FixedPoint = tuple[torch.Tensor, torch.Tensor]
 """Multipliers and right shifts, int64 tensors of one shape."""
@@ -38,9 +47,9 @@ def quantize(x: torch.Tensor, how: Quantization) -> torch.Tensor:
     return (x / x.new_tensor(how.scale)).round().add(how.zero_point).clamp(INT8_LOW, INT8_HIGH)
 
 
-def dequantize(x: torch.Tensor, how: Quantization, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """scale * (x - zero point); x may be int8, and is then read as `dtype`."""
-    return ((x if x.is_floating_point() else x.to(dtype)) - how.zero_point) * how.scale
+def dequantize(x: torch.Tensor, how: Quantization) -> torch.Tensor:
+    """scale * (x - zero point)."""
+    return (x - how.zero_point) * how.scale
 
 
 def fixed_point(scales: torch.Tensor) -> FixedPoint:
@@ -91,7 +100,7 @@ def accumulate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, zero_p
     small = fits_float32(weight, bias, zero_point) if small is None else small
     carrier = torch.float32 if small and _float32_is_kept(x.device) else torch.float64
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-        acc = convolve(x.to(carrier) - zero_point, weight.to(carrier), bias.to(carrier), geometry)
+        acc = convolve(x.to(carrier, copy=True).sub_(zero_point), weight.to(carrier), bias.to(carrier), geometry)
     # a no-op for sums; should a library transform its operands, this takes the error away
     return acc.round_()
 
@@ -104,15 +113,27 @@ def _float32_is_kept(device: torch.device) -> bool:
 
 
 def conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, zero_point: int, geometry: ConvGeometry,
-         by: FixedPoint, small: bool | None = None) -> torch.Tensor:
-    """A convolution's result before zero point and clamp: int32 (n o h' w'). `by` is (1 o 1 1)."""
-    acc = accumulate(x, weight, bias, zero_point, geometry, small)
-    return torch.cat([requantize(part.to(torch.int64), by).to(torch.int32) for part in _parts(acc)])
+         by: FixedPoint, small: bool | None = None) -> Parts:
+    """A convolution's result before zero point and clamp: x (n c h w) -> (n o h' w').
+
+    `by` is (1 o 1 1), `small` as in `accumulate`.
+    """
+    rows, columns = geometry.out_hw
+    inputs, filters = geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
+    one = filters if geometry.groups > 1 else 1  # channels that can only be computed together
+    for samples, channels in _places(len(x), geometry.out_channels, max(rows * columns, weight[:1].numel()), RUN, one):
+        groups = slice(channels.start // filters * inputs, -(-channels.stop // filters) * inputs)
+        width = channels.stop - channels.start
+        part = geometry.model_copy(update={"in_channels": groups.stop - groups.start, "out_channels": width,
+                                           "groups": width // filters if geometry.groups > 1 else 1})
+        acc = accumulate(x[samples, groups], weight[channels], bias[channels], zero_point, part, small)
+        for n, c in _places(len(acc), width, rows * columns, PART):
+            at = _shifted(n, samples.start), _shifted(c, channels.start)
+            yield at, requantize(acc[n, c].to(torch.int64), (by[0][:, at[1]], by[1][:, at[1]])).to(torch.int32)
 
 
-def add(x1: torch.Tensor, x2: torch.Tensor, how1: Quantization, how2: Quantization,
-        out: Quantization) -> torch.Tensor:
-    """x1 + x2 in the scale of `out`, before zero point and clamp: int32.
+def add(x1: torch.Tensor, x2: torch.Tensor, how1: Quantization, how2: Quantization, out: Quantization) -> Parts:
+    """x1 + x2 (n c h w) in the scale of `out`, before zero point and clamp.
 
     Both operands, shifted left by 20 bits, are brought to twice the coarser scale; the sum is brought to the result's.
     """
@@ -121,13 +142,24 @@ def add(x1: torch.Tensor, x2: torch.Tensor, how1: Quantization, how2: Quantizati
     def side(x: torch.Tensor, how: Quantization, by: FixedPoint) -> torch.Tensor:
         return requantize((x.to(torch.int64) - how.zero_point) << ADD_SHIFT, by)
 
-    return torch.cat([requantize(side(part1, how1, by1) + side(part2, how2, by2), last).to(torch.int32)
-                      for part1, part2 in zip(_parts(x1), _parts(x2), strict=True)])
+    for where in _places(len(x1), x1.shape[1], x1[:1, :1].numel(), PART):
+        yield where, requantize(side(x1[where], how1, by1) + side(x2[where], how2, by2), last).to(torch.int32)
 
 
-def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """x in runs of samples whose 64-bit intermediates stay in the cache: twice as fast as all at once."""
-    return x.split(max(1, _CACHED // max(1, x[:1].numel())))
+def _places(samples: int, channels: int, numbers: int, limit: int, together: int = 1) -> Iterator[Place]:
+    """A map cut into parts of about `limit`: runs of samples, or runs of channels of one; `numbers` in each channel.
+
+    A run of channels is a multiple of `together`.
+    """
+    width = min(channels, max(1, limit // max(1, numbers) // together) * together)
+    height = max(1, limit // max(1, width * numbers)) if width == channels else 1
+    for sample in range(0, samples, height):
+        for channel in range(0, channels, width):
+            yield slice(sample, min(sample + height, samples)), slice(channel, min(channel + width, channels))
+
+
+def _shifted(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
 
 
 def add_scales(how1: Quantization, how2: Quantization, out: Quantization) -> tuple[float, float, float]:
@@ -136,11 +168,13 @@ def add_scales(how1: Quantization, how2: Quantization, out: Quantization) -> tup
     return how1.scale / coarse, how2.scale / coarse, coarse / (2**ADD_SHIFT * out.scale)
 
 
-def mean(x: torch.Tensor, how: Quantization, out: Quantization) -> torch.Tensor:
-    """Mean over each map in the scale of `out`, before zero point and clamp: (n c h w) -> (n c 1 1) int32."""
-    acc = (x.to(torch.int64) - how.zero_point).sum((2, 3), keepdim=True)
+def mean(x: torch.Tensor, how: Quantization, out: Quantization) -> Parts:
+    """Mean over each map in the scale of `out`, before zero point and clamp: (n c h w) -> (n c 1 1)."""
     scale = mean_scale(how, out, x.shape[2] * x.shape[3])
-    return requantize(acc, fixed_point(torch.tensor(scale, dtype=torch.float64))).to(torch.int32)
+    by = fixed_point(torch.tensor(scale, dtype=torch.float64))
+    for where in _places(len(x), x.shape[1], x[:1, :1].numel(), PART):
+        acc = (x[where].to(torch.int64) - how.zero_point).sum((2, 3), keepdim=True)
+        yield where, requantize(acc, by).to(torch.int32)
 
 
 def mean_scale(how: Quantization, out: Quantization, pixels: int) -> float:

@@ -73,13 +73,13 @@ def _conv(builder: _Builder, step: Step) -> None:
     geometry = step.call.geometry
     assert geometry is not None
     source = builder.maps[step.sources[0]]
-    weight, bias = folded(builder.model, step)
+    weight, bias, gain = folded(builder.model, step)
     scale = weight_scales(weight, bias, source.scale)
     out = builder.out(step, source.scale * float(scale.max()))
     integers = (weight / scale.view(-1, 1, 1, 1)).round().clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT)
     builder.tensors |= {f"{step.name}.weight": integers.to(torch.int8),
                         f"{step.name}.bias": (bias / (scale * source.scale)).round().to(torch.int32),
-                        f"{step.name}.weight_scale": scale}
+                        f"{step.name}.weight_scale": scale, f"{step.name}.gain": gain}
     low, high = _clamp(step, out)
     builder.put(record.Conv(name=step.name, sources=step.sources, shape=_shape(step), out=out, low=low, high=high,
                             geometry=geometry))
@@ -126,7 +126,7 @@ def _pad(builder: _Builder, step: Step) -> None:
 
 
 def _linear(builder: _Builder, step: Step) -> None:
-    weight, bias = folded(builder.model, step)
+    weight, bias, _ = folded(builder.model, step)
     builder.tensors |= {f"{step.name}.weight": weight.float(), f"{step.name}.bias": bias.float()}
     builder.put(record.Linear(name=step.name, sources=(step.sources[0],), in_features=weight.shape[1],
                               out_features=weight.shape[0]))

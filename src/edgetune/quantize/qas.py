@@ -6,9 +6,13 @@ What it does
     and plain SGD hardly moves the integers. Multiplying by s_w**-2 gives back the float network's proportions: a step
     on W_q is then exactly a step of float SGD on W, counted in units of s_w. There is nothing to tune.
 
+    W, however, is not what a float network trains: it is gain * V, the filter V with its norm folded in. A step on W
+    moves V by gain**-2 times as much, so that filters with a small gain leave the range in which the rate is stable.
+    Multiplying by gain**2 as well makes a step on W_q the step of float SGD on V, at the rate that suits V.
+
 Shapes
-    gw (o i u v) times s_w**-2 (o), gb (o) times (s_w * s_x)**-2 (o), s_x the scale of the layer's input. The float
-    head is left as it is.
+    gw (o i u v) times (gain / s_w)**2 (o), gb (o) times (s_w * s_x)**-2 (o), s_x the scale of the layer's input. The
+    float head is left as it is.
 
 What is kept (bytes)
     Nothing of its own. Of the integer network: one bit an output of every convolution, add and mean behind the first
@@ -29,7 +33,8 @@ When not to use
 Reference
     Lin, Zhu, Chen, Wang, Gan, Han: On-Device Training Under 256KB Memory, NeurIPS 2022, section 3.1, eqs. 2-4. The
     factors are by output channel; the first version's equation 4 has another exponent. The paper states int8 weights
-    and its experiments round floats; both are here, and stochastic rounding is ours.
+    and its experiments round floats; both are here. The gain and stochastic rounding are ours; `gains=False` leaves
+    the gain out.
 """
 
 from __future__ import annotations
@@ -44,29 +49,34 @@ from edgetune.quantize.network import QuantizedConv, QuantizedNetwork
 from edgetune.quantize.weights import Held, Stepped
 
 
-def factors(weight_scale: torch.Tensor, input_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def factors(weight_scale: torch.Tensor, input_scale: float, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What gradients of weight and bias are multiplied by, each (o) in the type of `weight_scale`."""
-    return weight_scale ** -2, (weight_scale * input_scale) ** -2
+    return (gain / weight_scale) ** 2, (weight_scale * input_scale) ** -2
 
 
 @torch.no_grad()
-def scale_gradients(network: QuantizedNetwork) -> None:
-    """Multiply the gradients of all learning integers in place; once after every backward pass."""
+def scale_gradients(network: QuantizedNetwork, *, gains: bool = True) -> None:
+    """Multiply the gradients of all learning integers in place; once after every backward pass.
+
+    Without `gains` as published: a step is then one of float SGD on filters that their norms are folded into.
+    """
     for conv in network.convs():
-        _scale(conv)
+        gain = conv.gain if gains else torch.ones_like(conv.gain)
+        _scale(conv, factors(conv.weight_scale, conv.input_scale, gain))
 
 
-def _scale(conv: QuantizedConv) -> None:
-    for held, factor in zip((conv.weight, conv.bias), factors(conv.weight_scale, conv.input_scale), strict=True):
+def _scale(conv: QuantizedConv, by: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for held, factor in zip((conv.weight, conv.bias), by, strict=True):
         grad = next((p.grad for p in held.parameters()), None)
         if grad is not None:
-            grad.mul_(factor.to(grad.dtype).view(-1, *[1] * (grad.ndim - 1)))
+            grad.mul_(held.learning(factor).to(grad.dtype).view(-1, *[1] * (grad.ndim - 1)))
 
 
 class StochasticSGD(torch.optim.SGD):
     """SGD for a network with `Stepped` integers: their steps are rounded by chance; all else learns as with SGD.
 
-    Takes SGD's settings but `nesterov`, `dampening` and `maximize`. `seed` decides the chances.
+    Takes SGD's settings but `nesterov`, `dampening` and `maximize`. `seed` decides the chances, those of each tensor by
+    themselves, so that the order in which tensors take their step is no matter.
     """
 
     def __init__(self, network: nn.Module, lr: float, momentum: float = 0.0, weight_decay: float = 0.0,
@@ -74,7 +84,7 @@ class StochasticSGD(torch.optim.SGD):
         learning: Iterable[nn.Parameter] = [p for p in network.parameters() if p.requires_grad]
         super().__init__(learning, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.held: dict[nn.Parameter, Held] = {m.handle: m for m in network.modules() if isinstance(m, Stepped)}
-        self.generator = torch.Generator().manual_seed(seed)
+        self.chances = {handle: torch.Generator().manual_seed(seed + place) for place, handle in enumerate(self.held)}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -83,7 +93,7 @@ class StochasticSGD(torch.optim.SGD):
             for parameter in group["params"]:
                 held = self.held.get(parameter)
                 if isinstance(held, Stepped) and parameter.grad is not None:
-                    held.move(-group["lr"] * self._direction(parameter, held, group), self.generator)
+                    held.move(-group["lr"] * self._direction(parameter, held, group), self.chances[parameter])
                     parameter.grad = None
         return super().step(closure)
 

@@ -1,7 +1,8 @@
 """The integer network as a record: what a microcontroller needs to run it, and nothing that needs torch to read.
 
     header    QuantizedGraph: layers in order of execution, geometry, clamps, (scale, zero point) of every map
-    tensors   `<layer>.weight` int8 (o i u v), `<layer>.bias` int32 (o), `<layer>.weight_scale` float64 (o);
+    tensors   `<layer>.weight` int8 (o i u v), `<layer>.bias` int32 (o), `<layer>.weight_scale` float64 (o),
+              `<layer>.gain` float64 (o), by which the folded norm multiplied each filter: training reads it;
               of the float head `<layer>.weight` (o i) and `<layer>.bias` (o), float32
 
 A value is `scale * (integer - zero_point)`. Weights are symmetric per output channel, biases have the scale
@@ -210,7 +211,8 @@ def _expected(layer: AnyLayer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
         geometry = layer.geometry
         weight = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel)
         return {f"{layer.name}.weight": (torch.int8, weight), f"{layer.name}.bias": (torch.int32, weight[:1]),
-                f"{layer.name}.weight_scale": (torch.float64, weight[:1])}
+                f"{layer.name}.weight_scale": (torch.float64, weight[:1]),
+                f"{layer.name}.gain": (torch.float64, weight[:1])}
     if isinstance(layer, Linear):
         return {f"{layer.name}.weight": (torch.float32, (layer.out_features, layer.in_features)),
                 f"{layer.name}.bias": (torch.float32, (layer.out_features,))}

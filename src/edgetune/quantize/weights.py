@@ -1,7 +1,9 @@
 """Three ways to hold a tensor of integers between steps: frozen, as a float that is rounded, or as int8 itself.
 
-Each gives `operands(role)`: what the rules read, by name. Under the role itself stands the tensor that autograd gives
-a gradient to; where that holds no numbers, the integers stand beside it as `<role>.integers`.
+Of a weight a window alone can learn: that part is held in one of these ways beside the frozen whole. Each gives
+`operands(role)`: what the rules read, by name. Under the role itself stands the tensor that autograd gives a gradient
+to; where that holds no numbers, the integers stand beside it as `<role>.integers`, and where it is a part, all of the
+weight as `<role>.frozen`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from edgetune.methods.backward.sparse_update import SparseUpdate, window_axis
+from edgetune.overlap import ConvGeometry
+
+PART = 2**12
+"""Numbers that are moved at a time, in whole filters."""
 
 
 class Held(nn.Module):
@@ -32,6 +40,10 @@ class Held(nn.Module):
     def integers(self) -> torch.Tensor:
         """The integers as they stand, in their own type."""
         return self.value.detach().round().clamp(-self.limit, self.limit).to(self.dtype)
+
+    def learning(self, values: torch.Tensor) -> torch.Tensor:
+        """Of `values` by output channel (o), those of the channels that learn."""
+        return values
 
 
 class Rounded(Held):
@@ -70,6 +82,33 @@ class Stepped(Held):
     @torch.no_grad()
     def move(self, step: torch.Tensor, generator: torch.Generator | None = None) -> None:
         """Add a float step, rounded up or down by chance so that its mean is kept; then clip."""
-        moved = self.value.to(torch.float64) + step
-        chance = torch.rand(moved.shape, generator=generator, dtype=torch.float64).to(moved.device)
-        self.value.copy_((moved + chance).floor().clamp(-self.limit, self.limit).to(self.dtype))
+        # part by part: in 64 bits a whole weight would take many times its bytes
+        filters = max(1, PART // max(1, self.value[:1].numel()))
+        for value, change in zip(self.value.split(filters), step.split(filters), strict=True):
+            chance = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+            moved = chance.add_(value).add_(change).floor_()
+            value.copy_(moved.clamp_(-self.limit, self.limit))
+
+
+class Windowed(Held):
+    """A convolution's weight (o i u v) of which the window that `method` says learns, held as `state` does.
+
+    The frozen whole stays as it was; the learning part stands beside it, and goes before it.
+    """
+
+    def __init__(self, integers: torch.Tensor, limit: int, method: SparseUpdate, geometry: ConvGeometry,
+                 state: type[Held]) -> None:
+        super().__init__(integers, limit)
+        self.method, self.geometry = method, geometry
+        self.part = state(method.part(integers, geometry).contiguous(), limit)
+
+    def operands(self, role: str) -> dict[str, torch.Tensor]:
+        return {**self.part.operands(role), f"{role}.frozen": self.value}
+
+    def integers(self) -> torch.Tensor:
+        weight = self.value.clone()
+        self.method.part(weight, self.geometry).copy_(self.part.integers())
+        return weight
+
+    def learning(self, values: torch.Tensor) -> torch.Tensor:
+        return self.method.part(values, self.geometry) if window_axis(self.geometry)[0] == 0 else values

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from edgetune.apply import trace_rewritten
 from edgetune.contract import Plan
 from edgetune.errors import EdgetuneError
-from edgetune.graph import trace
 from edgetune.record import atomic_write
 from edgetune.report.choices import LayerView, layer_views
 from edgetune.report.page import Story, page
@@ -36,6 +36,6 @@ def report(folder: str | Path, model: nn.Module | None = None) -> Path:
 def _views(run: Run, plan: Plan, model: nn.Module | None) -> tuple[LayerView, ...]:
     try:
         network = build(run) if model is None else model
-        return layer_views(trace(network, torch.zeros(1, *run.preprocess.shape)), plan)
+        return layer_views(trace_rewritten(network, plan, torch.zeros(1, *run.preprocess.shape)), plan)
     except EdgetuneError:
         return ()

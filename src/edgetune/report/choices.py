@@ -48,7 +48,7 @@ def describe(method: Method | None, learns: tuple[str, ...]) -> Choice:
         return Choice(EXACT, "exact") if learns else Choice(FROZEN, "frozen")
     patch_px = getattr(method, "patch_px", None)
     if patch_px is None:
-        return Choice(OTHER, method.method.replace("_", " "))
+        return Choice(OTHER, method.label if learns else f"passes on only, {method.label}", passes=not learns)
     label = f"filtered, r = {patch_px}"
     if getattr(method, "taps", "mean") != "mean":
         label += f", {method.taps} taps"  # type: ignore[attr-defined]

@@ -1,7 +1,16 @@
 """Plans for sparse update: released schemes, tables of what each entry gains, and the exact choice under a budget."""
 
 from edgetune.sparse.contributions import Contributions, Trials, fisher_contributions, measure_contributions
-from edgetune.sparse.scheme import Scheme, place_windows, released_plan, released_schemes, scheme_plan, sparse_plan
+from edgetune.sparse.scheme import (
+    Scheme,
+    place_windows,
+    released_plan,
+    released_schemes,
+    scheme_learns,
+    scheme_plan,
+    sparse_learns,
+    sparse_plan,
+)
 from edgetune.sparse.select import choose_sparse
 
 __all__ = [
@@ -14,6 +23,8 @@ __all__ = [
     "place_windows",
     "released_plan",
     "released_schemes",
+    "scheme_learns",
     "scheme_plan",
+    "sparse_learns",
     "sparse_plan",
 ]

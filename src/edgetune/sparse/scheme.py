@@ -15,7 +15,10 @@ from torch import nn
 from edgetune.contract import Method, Plan
 from edgetune.errors import PlanError
 from edgetune.graph import Graph
-from edgetune.methods.backward.sparse_update import SparseUpdate, window, window_axis
+from edgetune.methods.backward.sparse_update import SparseUpdate
+from edgetune.quantize import Quantized
+from edgetune.quantize import last_layers as last_integers
+from edgetune.quantize.network import Learns
 from edgetune.record import Record
 
 
@@ -54,11 +57,36 @@ def released_plan(model: nn.Module, graph: Graph, name: str) -> Plan:
 
 def scheme_plan(graph: Graph, scheme: Scheme) -> Plan:
     """The plan that a scheme makes of a network. Raises PlanError when it was made for another number of layers."""
-    found = len(graph.layers("conv"))
+    _check_made_for(scheme, len(graph.layers("conv")))
+    return sparse_plan(graph, scheme.biases, scheme.ratios)
+
+
+def scheme_learns(quantized: Quantized, scheme: Scheme) -> Learns:
+    """What of an integer network learns by a scheme. Raises PlanError as `scheme_plan` does."""
+    _check_made_for(scheme, len(quantized.graph.convs))
+    return sparse_learns(quantized, scheme.biases, scheme.ratios)
+
+
+def sparse_learns(quantized: Quantized, biases: int, ratios: Mapping[int, float]) -> Learns:
+    """`sparse_plan` for an integer network, its windows where the L2 norm of the real weights is largest.
+
+    The head learns whole. Raises PlanError as `sparse_plan` does, Refusal for a convolution that has no windows.
+    """
+    convs = quantized.graph.convs
+    _check_reached(len(convs), biases, ratios)
+    learns = dict[str, tuple[str | SparseUpdate, ...]](last_integers(quantized.graph, 0, biases))
+    for index, ratio in sorted(ratios.items()):
+        name, geometry = convs[index].name, convs[index].geometry
+        scale = quantized.tensors[f"{name}.weight_scale"].view(-1, 1, 1, 1)
+        own = SparseUpdate(ratio=ratio).placed(quantized.tensors[f"{name}.weight"] * scale, geometry)
+        learns[name] = (own, *learns[name])
+    return learns
+
+
+def _check_made_for(scheme: Scheme, found: int) -> None:
     if found != scheme.convolutions:
         raise PlanError(f"scheme '{scheme.name}' was made for {scheme.convolutions} convolutions, but this network has "
                         f"{found}: take a scheme of its own, or let `choose_sparse` choose one under a budget")
-    return sparse_plan(graph, scheme.biases, scheme.ratios)
 
 
 def sparse_plan(graph: Graph, biases: int, ratios: Mapping[int, float]) -> Plan:
@@ -68,13 +96,7 @@ def sparse_plan(graph: Graph, biases: int, ratios: Mapping[int, float]) -> Plan:
     PlanError when there are fewer convolutions, or when a weight would learn where no gradient arrives.
     """
     convs = graph.layers("conv")
-    if not 0 <= biases <= len(convs):
-        raise PlanError(f"the last {biases} biases are asked for, but the network has {len(convs)} convolutions: "
-                        "ask for as many as it has")
-    outside = sorted(index for index in ratios if not len(convs) - biases <= index < len(convs))
-    if outside:
-        raise PlanError(f"convolution {outside[0]} is to learn, but gradients reach only the last {biases} of "
-                        f"{len(convs)}: ask for more biases, or leave its weight frozen")
+    _check_reached(len(convs), biases, ratios)
     shares = {convs[index].name: ratios[index] for index in sorted(ratios)}
     start = graph.calls.index(convs[len(convs) - biases]) if biases else len(graph.calls)
     learns: dict[str, tuple[str, ...]] = {}
@@ -86,6 +108,16 @@ def sparse_plan(graph: Graph, biases: int, ratios: Mapping[int, float]) -> Plan:
     return Plan(input_shape=graph.input_shape, layers=layers, learns={name: r for name, r in learns.items() if r})
 
 
+def _check_reached(convs: int, biases: int, ratios: Mapping[int, float]) -> None:
+    if not 0 <= biases <= convs:
+        raise PlanError(f"the last {biases} biases are asked for, but the network has {convs} convolutions: "
+                        "ask for as many as it has")
+    outside = sorted(index for index in ratios if not convs - biases <= index < convs)
+    if outside:
+        raise PlanError(f"convolution {outside[0]} is to learn, but gradients reach only the last {biases} of "
+                        f"{convs}: ask for more biases, or leave its weight frozen")
+
+
 def place_windows(model: nn.Module, graph: Graph, plan: Plan) -> Plan:
     """The same plan, every window of it where the L2 norm of the learning weights is largest."""
     placed = dict(plan.layers)
@@ -93,8 +125,6 @@ def place_windows(model: nn.Module, graph: Graph, plan: Plan) -> Plan:
         own = plan.settings(call.name, SparseUpdate)
         if isinstance(own, SparseUpdate) and call.geometry is not None and own.model_copy(
                 update={"first": 0}).refuse(call) is None:
-            weight = model.get_parameter(call.params["weight"])
-            first = window(weight, own.count(call.geometry), window_axis(call.geometry)[0])
-            moved = own.model_copy(update={"first": first})
+            moved = own.placed(model.get_parameter(call.params["weight"]), call.geometry)
             placed[call.name] = tuple(moved if method is own else method for method in plan.layers[call.name])
     return plan.model_copy(update={"layers": placed})

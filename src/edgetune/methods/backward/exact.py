@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from edgetune.contract import LayerMethod
-from edgetune.graph import Call
+from edgetune.graph import Call, Graph
 from edgetune.overlap import ConvGeometry
 
 
@@ -34,6 +34,9 @@ class Exact(LayerMethod):
     """No settings: the gradient as it is."""
 
     method = "exact"
+
+    def exact_on(self, graph: Graph) -> bool:
+        return True
 
     def refuse(self, call: Call) -> str | None:
         return None if call.kind in ("conv", "linear", "norm") else f"is a {call.kind}, which has nothing to learn: " \

@@ -111,6 +111,13 @@ class MobileTL(LayerMethod):
 
     hardswish_bits: Literal[1, 2] = 2
 
+    @property
+    def label(self) -> str:
+        return f"mobiletl, {self.hardswish_bits} bit" + "s" * (self.hardswish_bits > 1)
+
+    def exact_on(self, graph: Graph) -> bool:
+        return all(call.function != "hardswish" for call in graph.calls)
+
     def refuse(self, call: Call) -> str | None:
         return None if call.kind == "conv" else f"is a {call.kind} layer, not a convolution: leave it exact"
 
@@ -119,6 +126,9 @@ class MobileTL(LayerMethod):
 
     def grad_weight(self, kept: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         return Exact().grad_weight(kept, g, geometry)
+
+    def last_blocks(self, graph: Graph, count: int | None) -> Plan:
+        return last_blocks(graph, count, self)
 
     @classmethod
     def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
@@ -152,13 +162,14 @@ def closes_block(graph: Graph, norm: Call) -> bool:
         reader.kind != "activation" and (reader.kind != "add" or closes_block(graph, reader)) for reader in readers)
 
 
-def last_blocks(graph: Graph, count: int, method: MobileTL) -> Plan:
-    """The plan in which the last `count` inverted residual blocks learn, and all behind them.
+def last_blocks(graph: Graph, count: int | None, method: MobileTL) -> Plan:
+    """The plan in which the last `count` inverted residual blocks (None: all) learn, and all behind them.
 
     Norms learn their shift, those that close a block their scale too. The first block takes the stem with it.
     Raises PlanError when the graph has fewer blocks.
     """
     ends = [i for i, call in enumerate(graph.calls) if call.kind == "norm" and closes_block(graph, call)]
+    count = len(ends) if count is None else count
     if not 1 <= count <= len(ends):
         raise PlanError(f"the last {count} inverted residual blocks are asked for, but the network has {len(ends)}: "
                         "ask for as many as it has, or for layers with `last_layers`")

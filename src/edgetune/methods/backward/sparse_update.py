@@ -85,13 +85,25 @@ class SparseUpdate(LayerMethod):
     channels: int | None = Field(None, ge=1, description="how many channels learn; goes before `ratio`")
     first: int = Field(0, ge=0, description="the channel that the window begins with")
 
+    @property
+    def label(self) -> str:
+        return "sparse, " + (f"{100 * self.ratio:.3g} %" if self.channels is None else f"{self.channels} channels")
+
     def count(self, geometry: ConvGeometry) -> int:
         """How many channels learn."""
         return self.channels or max(1, round(self.ratio * window_axis(geometry)[1]))
 
     def part(self, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
-        """The view of weight (o i u v) that learns."""
         return weight.narrow(window_axis(geometry)[0], self.first, self.count(geometry))
+
+    def placed(self, worth: torch.Tensor, geometry: ConvGeometry) -> SparseUpdate:
+        axis, total = window_axis(geometry)
+        if self.count(geometry) > total:
+            return self  # as it is: `refuse` says why
+        return self.model_copy(update={"first": window(worth, self.count(geometry), axis)})
+
+    def exact_on(self, graph: Graph) -> bool:
+        return True
 
     def refuse(self, call: Call) -> str | None:
         if call.kind != "conv" or call.geometry is None:

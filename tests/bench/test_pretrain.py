@@ -1,0 +1,80 @@
+"""Teaching a network from nothing, and going on where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from edgetune.bench import pretrain
+from edgetune.bench.pretrain import Cycle, Lesson, taught, teach
+from edgetune.data import Augment, Pictures, load_data
+from edgetune.models import load_model
+
+CYCLES = (Cycle(epochs=2, peak_rate=0.1, frozen=False), Cycle(epochs=1, peak_rate=0.03, frozen=True))
+VIEWS = Augment(flip=False, shift_px=2)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Pictures:
+    lesson = Lesson(network="digits_net", size=32)
+    return load_data("digits:clean", lesson.preprocess, limit=128).train
+
+
+def fresh() -> nn.Module:
+    torch.manual_seed(0)
+    return load_model("digits_net")
+
+
+def test_the_loss_falls_and_only_the_first_cycle_moves_statistics(pictures: Pictures) -> None:
+    lines: list[str] = []
+    model = fresh()
+    teach(model, pictures, CYCLES[:1], views=VIEWS, say=lines.append)
+    means = [layer.running_mean.clone() for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert any(bool(mean.any()) for mean in means) and not model.training
+    teach(model, pictures, CYCLES[1:], views=VIEWS, say=lines.append)
+    again = [layer.running_mean for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert all(torch.equal(a, b) for a, b in zip(means, again, strict=True))
+    losses = [float(line.rsplit(" ", 1)[1]) for line in lines]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("stops_after", [1, 2])
+def test_an_interrupted_lesson_ends_where_an_uninterrupted_one_does(
+    pictures: Pictures, tmp_path: Path, stops_after: int
+) -> None:
+    whole = fresh()
+    teach(whole, pictures, CYCLES, views=VIEWS)
+
+    class Stop(Exception):
+        pass
+
+    said: list[str] = []
+
+    def stop(line: str) -> None:
+        said.append(line)
+        if len(said) > stops_after:
+            raise Stop
+
+    checkpoint = tmp_path / "c"
+    with pytest.raises(Stop):
+        teach(fresh(), pictures, CYCLES, views=VIEWS, checkpoint=checkpoint, say=stop)
+    resumed = load_model("digits_net")  # other weights: those of the checkpoint count
+    teach(resumed, pictures, CYCLES, views=VIEWS, checkpoint=checkpoint)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_lesson_is_taught_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pictures: Pictures) -> None:
+    class Data:
+        train = pictures
+
+    monkeypatch.setattr(pretrain.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(pretrain, "load_data", lambda *_: Data)
+    lesson = Lesson(network="digits_net", size=32, cycles=CYCLES[:1])
+    path = taught(lesson, tmp_path)
+    made = path.stat().st_mtime_ns
+    assert taught(lesson, tmp_path) == path and path.stat().st_mtime_ns == made
+    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".lock"}
