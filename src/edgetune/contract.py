@@ -68,6 +68,10 @@ class Method(Frozen):
         """Whether on this network every gradient that the method computes is the exact one, or a part of it."""
         return False
 
+    def idle_on(self, graph: Graph) -> str | None:
+        """Why on this network it would do nothing that is its own, as "reason: way out", or None."""
+        return None
+
     def part(self, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         """What of weight (o i u v) learns: a view of it, all of it unless another parameter learns in its place."""
         return weight

@@ -149,6 +149,17 @@ class TestNames:
         assert "leave them out, or leave out --method" in refusal("plan", "--last", 2, *words, "--out", out)
         assert not out.exists()
 
+    def test_blocks_are_counted_where_there_are_some(self, out: Path) -> None:
+        said = ("plan", "--limit", 20, "--out", out)
+        assert "give one of them" in refusal(*said, "--last", 2, "--last-blocks", 1)
+        assert "leave out --memory and --step-ms" in refusal(*said, "--last-blocks", 1, "--memory", "1MiB")
+        told = refusal(*said, "--model", "resnet20", "--method", "mobiletl", "--size", 32)
+        assert "neither hard-swish nor squeeze-excite nor inverted residual blocks" in told
+        assert "use --method exact" in told
+        assert "but the network has 17" in refusal(
+            *said, "--model", "mobilenet_v2_0.35", "--size", 32, "--last-blocks", 99)  # fmt: skip
+        assert not out.exists()
+
     def test_schemes_stand_alone_and_fit_their_network(self, out: Path) -> None:
         scheme = ("plan", "--scheme", "mcunet-49KB", "--out", out)
         assert "leave out --memory" in refusal(*scheme, "--last", 2)

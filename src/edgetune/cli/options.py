@@ -133,6 +133,16 @@ Last = Annotated[
         help=("How many of the last convolutions learn in the plan made by hand; all when left out."),
     ),
 ]
+LastBlocks = Annotated[
+    int | None,
+    typer.Option(
+        "--last-blocks",
+        metavar="N",
+        min=1,
+        show_default=False,
+        help=("How many of the last inverted residual blocks learn, by mobiletl unless --method says otherwise."),
+    ),
+]
 Seed = Annotated[
     int,
     typer.Option("--seed", metavar="N", help=("Decides the order of pictures, their random views and the new head.")),

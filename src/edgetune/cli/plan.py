@@ -33,6 +33,7 @@ EXAMPLES = (
         "choose for every layer, under a budget",
     ),
     ("edgetune plan --method pooled_chain --patch-px 4 --last 6", "the last six convolutions, filtered at 4 px"),
+    ("edgetune plan --model mobilenet_v3_small --data photos --last-blocks 3", "the last three blocks, by mobiletl"),
     ("edgetune plan --memory 1MiB --step-ms 60 --explain", "why each layer got what it got, under both limits"),
     ("edgetune plan --memory 1MiB --pareto front.svg", "what more or less memory and time would bring, as a picture"),
     ("edgetune train --plan plan.json", "train by the plan, edited or not"),
@@ -73,6 +74,7 @@ def plan(
     patch_px: options.PatchPx = None,
     taps: options.Taps = None,
     last: options.Last = None,
+    last_blocks: options.LastBlocks = None,
     scheme: Scheme = None,
     batch_size: options.BatchSize = 32,
     size: options.Size = None,
@@ -89,9 +91,10 @@ def plan(
 ) -> None:
     """Choose what learns and how each layer's gradient is computed, under a budget, and write it to a file.
 
-    Every convolution is frozen, exact, filtered at one of several patch sizes, or learns a share of its channels; where
-    there is hard-swish, its slope may be kept in bits. What gains the most on a calibration batch of the data is chosen. Without --memory and --step-ms training may take a quarter of what plain
-    back-propagation takes. The file can be read, compared and edited.
+    Every convolution is frozen, exact, filtered at one of several patch sizes, or learns a share of its channels;
+    where there is hard-swish, its slope may be kept in bits. What gains the most on a calibration batch of the data
+    is chosen. Without --memory and --step-ms training may take a quarter of what plain back-propagation takes. The
+    file can be read, compared and edited.
 
     For --step-ms and --pareto layers are timed on this machine, once: what they take is remembered. The finished plan
     is tried by a real step, which exceeds neither limit.
@@ -101,7 +104,14 @@ def plan(
     from edgetune.profile import profile
 
     wish = Wish(
-        memory=memory, step_ms=step_ms, method=method, patch_px=patch_px, taps=taps, last=last, scheme=scheme
+        memory=memory,
+        step_ms=step_ms,
+        method=method,
+        patch_px=patch_px,
+        taps=taps,
+        last=last,
+        last_blocks=last_blocks,
+        scheme=scheme,
     )
     _check(wish, explain, pareto)
     pictures = load_data(
@@ -165,7 +175,7 @@ def _check(wish: Wish, explain: bool, pareto: Path | None) -> None:
     if (wish.by_hand or wish.scheme is not None) and (explain or pareto is not None):
         raise PlanError(
             "--explain and --pareto tell of the planner's own choices: leave them out, or leave out --method, "
-            "--patch-px, --taps, --last and --scheme"
+            "--patch-px, --taps, --last, --last-blocks and --scheme"
         )
     if pareto is not None:
         check_picture(pareto)

@@ -117,12 +117,15 @@ class Wish:
     patch_px: int | None = None
     taps: str | None = None
     last: int | None = None
+    last_blocks: int | None = None
     file: Path | None = None
     scheme: str | None = None
 
     @property
     def by_hand(self) -> bool:
-        return any(value is not None for value in (self.method, self.patch_px, self.taps, self.last))
+        return any(
+            value is not None for value in (self.method, self.patch_px, self.taps, self.last, self.last_blocks)
+        )
 
     def check(self) -> None:
         """Refuse wishes that contradict each other, and budgets that are none, before anything is loaded."""
@@ -131,17 +134,20 @@ class Wish:
         planner = self.memory is not None or self.step_ms is not None
         if self.file is not None and (planner or self.by_hand):
             raise PlanError(
-                "--plan names a finished plan: leave out --memory, --step-ms, --method, --patch-px, --taps and --last"
+                "--plan names a finished plan: leave out --memory, --step-ms, --method, --patch-px, --taps, --last "
+                "and --last-blocks"
             )
         if self.by_hand and planner:
             raise PlanError(
-                "--method, --patch-px, --taps and --last make the plan by hand: leave out --memory and --step-ms, "
-                "which the planner would keep to"
+                "--method, --patch-px, --taps, --last and --last-blocks make the plan by hand: leave out --memory and "
+                "--step-ms, which the planner would keep to"
             )
+        if self.last is not None and self.last_blocks is not None:
+            raise PlanError("--last counts convolutions and --last-blocks blocks: give one of them")
         if self.scheme is not None and (planner or self.by_hand):
             raise PlanError(
-                "--scheme names a published plan: leave out --memory, --step-ms, --method, --patch-px, --taps "
-                "and --last"
+                "--scheme names a published plan: leave out --memory, --step-ms, --method, --patch-px, --taps, "
+                "--last and --last-blocks"
             )
         if self.memory is not None:
             parse_bytes(self.memory)
@@ -171,7 +177,7 @@ def planned(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> P
     """The same, with the planner that can say more of it."""
     from edgetune.contract import Plan
     from edgetune.errors import PlanError
-    from edgetune.plan import Budget, Planner, last_layers
+    from edgetune.plan import Budget, Planner
     from edgetune.sparse import released_plan
 
     wish.check()
@@ -180,8 +186,7 @@ def planned(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> P
 
         return Planned(Plan.load(wish.file, PlanError), Budget())
     if wish.by_hand:
-        method = method_named(wish.method or "pooled_chain", patch_px=wish.patch_px, taps=wish.taps)
-        return Planned(last_layers(graph_of(model, x), wish.last, method), Budget())
+        return Planned(_by_hand(graph_of(model, x), wish), Budget())
     if wish.scheme is not None:
         return Planned(released_plan(model, graph_of(model, x), wish.scheme), Budget())
     planner = Planner(model, x, (x, y), progress=say)
@@ -190,6 +195,21 @@ def planned(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> P
     budget = Budget(memory_bytes=None if wish.memory is None else parse_bytes(wish.memory), step_ms=wish.step_ms)
     found = planner.find(budget)
     return Planned(found.made, budget, planner, found)
+
+
+def _by_hand(graph: Graph, wish: Wish) -> Plan:
+    """One method for every layer that learns. Raises PlanError where it would do nothing, or the network has less."""
+    from edgetune.errors import PlanError
+    from edgetune.methods.backward.mobiletl import last_blocks
+    from edgetune.plan import last_layers
+
+    usual = "pooled_chain" if wish.last_blocks is None else "mobiletl"
+    method = method_named(wish.method or usual, patch_px=wish.patch_px, taps=wish.taps)
+    if (reason := method.idle_on(graph)) is not None:
+        raise PlanError(reason)
+    if wish.last_blocks is not None:
+        return last_blocks(graph, wish.last_blocks, method)
+    return last_layers(graph, wish.last, method)
 
 
 DEFAULT_SHARES = (0.25, 0.5, 1.0)

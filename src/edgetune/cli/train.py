@@ -103,6 +103,7 @@ def train(
     patch_px: options.PatchPx = None,
     taps: options.Taps = None,
     last: options.Last = None,
+    last_blocks: options.LastBlocks = None,
     val_fraction: options.ValFraction = None,
     size: options.Size = None,
     limit: options.Limit = None,
@@ -133,7 +134,16 @@ def train(
         allow_partial=allow_partial,
         data_options={"val_fraction": val_fraction, "seed": seed, "limit": limit, "skip_bad_images": skip_bad_images},
     )
-    wish = Wish(memory=memory, step_ms=step_ms, method=method, patch_px=patch_px, taps=taps, last=last, file=plan)
+    wish = Wish(
+        memory=memory,
+        step_ms=step_ms,
+        method=method,
+        patch_px=patch_px,
+        taps=taps,
+        last=last,
+        last_blocks=last_blocks,
+        file=plan,
+    )
     settings = {
         "epochs": epochs or (5 if (order.model, order.data) == (DEMO_MODEL, DEMO_DATA) else 10),
         "batch_size": batch_size,
