@@ -101,6 +101,13 @@ class TestTrain:
         used = json.loads((tmp_path / "run" / "plan.json").read_text())
         assert {settings[0]["patch_px"] for settings in used["layers"].values()} == {4}
 
+    def test_the_last_blocks_learn_by_mobiletl(self, tmp_path: Path) -> None:
+        network = ("--model", "mobilenet_v3_small", "--data", "digits", "--size", 32, "--limit", 20)
+        told = answer("plan", *network, "--last-blocks", 2, "--out", tmp_path / "plan.json")
+        layers = told["plan"]["layers"]
+        assert {stack[0]["method"] for stack in layers.values()} == {"mobiletl"}
+        assert {name.split(".")[1] for name in layers} == {"10", "11", "12"}
+
     def test_takes_a_published_scheme(self, tmp_path: Path) -> None:
         network, file = ("--model", "mcunet", "--data", "digits", "--size", 64, "--limit", 20), tmp_path / "plan.json"
         assert run_verb("plan", *network, "--scheme", "mcunet-49KB", "--out", file).exit_code == 0
