@@ -211,9 +211,9 @@ def test_maps_live_only_until_they_are_read() -> None:
 def test_a_frozen_network_needs_less_than_one_of_its_maps_in_float() -> None:
     model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.ReLU(),
                           nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2)).eval()  # fmt: skip
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(1, 3, 128, 128)
     quantized = quantize(model, [x])
-    assert 2 * 64 * 64 * 64 < measured_peak(QuantizedNetwork(quantized), x) < 4 * 64 * 64 * 64
+    assert 2 * 64 * 128 * 128 < measured_peak(QuantizedNetwork(quantized), x) < 4 * 64 * 128 * 128
 
 
 class TestLearns:
