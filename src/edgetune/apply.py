@@ -64,6 +64,7 @@ def apply(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
         _check_learned(model, plan)
         graph = _without_hooked(model, graph)
         graph = _prepare(model, graph, plan, undo)
+        _check_use(graph, plan)
         _choose_what_learns(model, plan, undo)
         _freeze_statistics(model, undo)
         segments = claim(graph, plan)
@@ -224,6 +225,32 @@ def _check_learned(model: nn.Module, plan: Plan) -> None:
     if missing:
         raise PlanError(f"the plan trains '{sorted(missing)[0]}', which is no parameter of this model: "
                         "make a plan for this very model with `edgetune plan`")
+    for layer in plan.layers:
+        _check_stack(plan, layer)
+
+
+def _check_stack(plan: Plan, layer: str) -> None:
+    """Refuse methods of one layer that leave no sense together, or of which nothing would learn."""
+    first: dict[str, Method] = {}
+    for method in plan.layers[layer]:
+        other = first.setdefault(method.family, method)
+        if other is not method:
+            raise Refusal(layer, f"is given two {method.family} methods, {other.method} and {method.method}, which "
+                          "nothing composes", "keep one of them")
+        roles = set(method.learns_as)
+        if roles and not roles & set(plan.learns.get(layer, ())):
+            raise Refusal(layer, f"is given {method.method}, but its {' and '.join(sorted(roles))} does not learn",
+                          f"list it under `learns`, or take {method.method} out of the plan")
+
+
+def _check_use(graph: Graph, plan: Plan) -> None:
+    """Refuse methods that change gradients where no gradient comes: they would be ignored."""
+    reached = {call.name for call in _on_gradient_path(graph, plan)}
+    for layer, stack in plan.layers.items():
+        for method in stack:
+            if layer not in reached and not method.rewrites and not method.exact_on(graph):
+                raise Refusal(layer, f"is given {method.method}, but no gradient comes to it, as nothing in it or in "
+                              "front of it learns", "let something learn there, or take it out of the plan")
 
 
 def _hooked(model: nn.Module) -> set[str]:

@@ -70,6 +70,10 @@ class Method(Frozen):
         """Whether on this network every gradient that the method computes is the exact one, or a part of it."""
         return False
 
+    def idle_on(self, graph: Graph) -> str | None:
+        """Why on this network it would do nothing that is its own, as "reason: way out", or None."""
+        return None
+
     def part(self, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         """What of weight (o i u v) learns: a view of it, all of it unless another parameter learns in its place."""
         return weight
@@ -86,9 +90,8 @@ class Method(Frozen):
         raise TypeError(f"method '{self.method}' declares no rewrite")
 
     def last_blocks(self, graph: Graph, count: int | None) -> Plan:
-        """The plan in which the last `count` blocks (None: all) learn by these settings."""
-        raise PlanError(f"method '{self.method}' is given to convolutions, not to blocks: say how many of the last "
-                        "ones learn with --last")
+        """The plan in which the last `count` blocks (None: all) are rewritten, and what learns then."""
+        raise TypeError(f"method '{self.method}' rewrites no blocks")
 
     def prepare(self, module: nn.Module, call: Call) -> Callable[[], None]:
         """Give a layer the parameters of `learns_as`, before anything is routed; returns the way back."""

@@ -146,15 +146,26 @@ class TestNames:
 
     def test_blocks_are_counted_by_methods_that_know_them(self, out: Path) -> None:
         plan = ("plan", "--limit", 20, "--out", out)
-        assert "leave out one of them" in refusal(*plan, "--last", 1, "--last-blocks", 1)
+        assert "give one of them" in refusal(*plan, "--last", 1, "--last-blocks", 1)
         assert "say how many with --last-blocks" in refusal(*plan, "--method", "tinytl", "--last", 1)
-        assert "say how many of the last ones learn with --last" in refusal(*plan, "--last-blocks", 1)
+        assert "use --method exact" in refusal(*plan, "--last-blocks", 1)
         assert "the network has 2: ask for" in refusal(*plan, "--method", "tinytl", "--last-blocks", 3)
         assert not out.exists()
 
     @pytest.mark.parametrize("words", [("--explain",), ("--pareto", "front.svg")])
     def test_plans_made_by_hand_have_no_reasons(self, words: tuple[str, ...], out: Path) -> None:
         assert "leave them out, or leave out --method" in refusal("plan", "--last", 2, *words, "--out", out)
+        assert not out.exists()
+
+    def test_blocks_are_counted_where_there_are_some(self, out: Path) -> None:
+        said = ("plan", "--limit", 20, "--out", out)
+        assert "give one of them" in refusal(*said, "--last", 2, "--last-blocks", 1)
+        assert "leave out --memory and --step-ms" in refusal(*said, "--last-blocks", 1, "--memory", "1MiB")
+        told = refusal(*said, "--model", "resnet20", "--method", "mobiletl", "--size", 32)
+        assert "neither hard-swish nor squeeze-excite nor inverted residual blocks" in told
+        assert "use --method exact" in told
+        assert "but the network has 17" in refusal(
+            *said, "--model", "mobilenet_v2_0.35", "--size", 32, "--last-blocks", 99)  # fmt: skip
         assert not out.exists()
 
     def test_schemes_stand_alone_and_fit_their_network(self, out: Path) -> None:

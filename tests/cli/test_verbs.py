@@ -117,6 +117,13 @@ class TestTrain:
         assert list(plan["layers"]) == ["features.17.conv.0.0", "features.17.conv.1.0", "features.17.conv.2",
                                         "features.18.0"]
 
+    def test_the_last_blocks_learn_by_mobiletl(self, tmp_path: Path) -> None:
+        network = ("--model", "mobilenet_v3_small", "--data", "digits", "--size", 32, "--limit", 20)
+        told = answer("plan", *network, "--last-blocks", 2, "--out", tmp_path / "plan.json")
+        layers = told["plan"]["layers"]
+        assert {stack[0]["method"] for stack in layers.values()} == {"mobiletl"}
+        assert {name.split(".")[1] for name in layers} == {"10", "11", "12"}
+
     def test_takes_a_published_scheme(self, tmp_path: Path) -> None:
         network, file = ("--model", "mcunet", "--data", "digits", "--size", 64, "--limit", 20), tmp_path / "plan.json"
         assert run_verb("plan", *network, "--scheme", "mcunet-49KB", "--out", file).exit_code == 0

@@ -173,8 +173,6 @@ def test_layers_and_missing_blocks_are_refused() -> None:
             plan_for(model, x, count=count)
     with pytest.raises(PlanError, match="has 0"):
         plan_for(*network("Inverted"))
-    with pytest.raises(PlanError, match="--last"):
-        Exact().last_blocks(et.trace(model, x), 1)
 
 
 def test_a_block_with_a_forward_or_a_branch_of_its_own_is_refused_and_left() -> None:

@@ -149,7 +149,7 @@ LastBlocks = Annotated[
         metavar="N",
         min=1,
         show_default=False,
-        help=("Let the last blocks of the network learn instead: for the methods mobiletl and tinytl (all blocks)."),
+        help=("How many of the last blocks learn, by mobiletl unless --method says otherwise; tinytl takes all."),
     ),
 ]
 Seed = Annotated[

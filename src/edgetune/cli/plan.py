@@ -33,6 +33,7 @@ EXAMPLES = (
     ),
     ("edgetune plan --method pooled_chain --patch-px 4 --last 6", "the last six convolutions, filtered at 4 px"),
     ("edgetune plan --method tinytl --last-blocks 2", "biases, and small branches beside the last two blocks"),
+    ("edgetune plan --model mobilenet_v3_small --data photos --last-blocks 3", "the last three blocks, by mobiletl"),
     ("edgetune plan --memory 1MiB --step-ms 60 --explain", "why each layer got what it got, under both limits"),
     ("edgetune plan --memory 1MiB --pareto front.svg", "what more or less memory and time would bring, as a picture"),
     ("edgetune train --plan plan.json", "train by the plan, edited or not"),
@@ -90,10 +91,10 @@ def plan(
 ) -> None:
     """Choose what learns and how each layer's gradient is computed, under a budget, and write it to a file.
 
-    Every convolution is frozen, exact, filtered at one of several patch sizes, or learns a share of its channels; where
-    there is hard-swish, its slope may be kept in bits. What gains the most on a calibration batch of the data is
-    chosen. Without --memory and --step-ms training may take a quarter of what plain back-propagation takes. The file
-    can be read, compared and edited.
+    Every convolution is frozen, exact, filtered at one of several patch sizes, or learns a share of its channels;
+    where there is hard-swish, its slope may be kept in bits. What gains the most on a calibration batch of the data
+    is chosen. Without --memory and --step-ms training may take a quarter of what plain back-propagation takes. The
+    file can be read, compared and edited.
 
     For --step-ms and --pareto layers are timed on this machine, once: what they take is remembered. The finished plan
     is tried by a real step, which exceeds neither limit.

@@ -142,7 +142,7 @@ class Wish:
                 "--step-ms, which the planner would keep to"
             )
         if self.last is not None and self.last_blocks is not None:
-            raise PlanError("--last counts convolutions, --last-blocks blocks: leave out one of them")
+            raise PlanError("--last counts convolutions and --last-blocks blocks: give one of them")
         if self.scheme is not None and (planner or self.by_hand):
             raise PlanError(
                 "--scheme names a published plan: leave out --memory, --step-ms, --method, --patch-px, --taps, "
@@ -197,15 +197,21 @@ def planned(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> P
 
 
 def _by_hand(graph: Graph, wish: Wish) -> Plan:
-    """One method in the last convolutions, or in the last blocks."""
+    """One method for every layer that learns. Raises PlanError where it would do nothing, or the network has less."""
     from edgetune.errors import PlanError
+    from edgetune.methods.backward.mobiletl import last_blocks
     from edgetune.plan import last_layers
 
-    method = method_named(wish.method or "pooled_chain", patch_px=wish.patch_px, taps=wish.taps)
+    usual = "pooled_chain" if wish.last_blocks is None else "mobiletl"
+    method = method_named(wish.method or usual, patch_px=wish.patch_px, taps=wish.taps)
+    if (reason := method.idle_on(graph)) is not None:
+        raise PlanError(reason)
     if method.rewrites and wish.last is not None:
         raise PlanError(f"method '{method.method}' is given to blocks: say how many with --last-blocks, not --last")
-    if method.rewrites or wish.last_blocks is not None:
+    if method.rewrites:
         return method.last_blocks(graph, wish.last_blocks)
+    if wish.last_blocks is not None:
+        return last_blocks(graph, wish.last_blocks, method)
     return last_layers(graph, wish.last, method)
 
 

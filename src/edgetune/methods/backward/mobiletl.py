@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 
 from edgetune import kernels
-from edgetune.contract import LayerMethod, Needs, Plan, Segment, Tensors, one_call
+from edgetune.contract import LayerMethod, Method, Needs, Plan, Segment, Tensors, one_call
 from edgetune.errors import PlanError
 from edgetune.graph import Call, Graph
 from edgetune.hosts.gated import gated_conv
@@ -121,14 +121,17 @@ class MobileTL(LayerMethod):
     def refuse(self, call: Call) -> str | None:
         return None if call.kind == "conv" else f"is a {call.kind} layer, not a convolution: leave it exact"
 
+    def idle_on(self, graph: Graph) -> str | None:
+        if any(call.function == "hardswish" or call.kind == "scale" for call in graph.calls) or _block_ends(graph):
+            return None
+        return ("the network has neither hard-swish nor squeeze-excite nor inverted residual blocks, and anywhere else "
+                "mobiletl is what exact gradients are: use --method exact")
+
     def grad_input(self, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         return Exact().grad_input(g, weight, geometry)
 
     def grad_weight(self, kept: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         return Exact().grad_weight(kept, g, geometry)
-
-    def last_blocks(self, graph: Graph, count: int | None) -> Plan:
-        return last_blocks(graph, count, self)
 
     @classmethod
     def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
@@ -162,23 +165,27 @@ def closes_block(graph: Graph, norm: Call) -> bool:
         reader.kind != "activation" and (reader.kind != "add" or closes_block(graph, reader)) for reader in readers)
 
 
-def last_blocks(graph: Graph, count: int | None, method: MobileTL) -> Plan:
-    """The plan in which the last `count` inverted residual blocks (None: all) learn, and all behind them.
+def _block_ends(graph: Graph) -> list[int]:
+    return [i for i, call in enumerate(graph.calls) if call.kind == "norm" and closes_block(graph, call)]
 
-    Norms learn their shift, those that close a block their scale too. The first block takes the stem with it.
+
+def last_blocks(graph: Graph, count: int, method: Method) -> Plan:
+    """The plan in which the last `count` inverted residual blocks learn, and all behind them.
+
+    Convolutions that the method refuses are exact. Norms learn their shift, those that close a block their scale too.
+    The first block takes the stem with it.
     Raises PlanError when the graph has fewer blocks.
     """
-    ends = [i for i, call in enumerate(graph.calls) if call.kind == "norm" and closes_block(graph, call)]
-    count = len(ends) if count is None else count
+    ends = _block_ends(graph)
     if not 1 <= count <= len(ends):
         raise PlanError(f"the last {count} inverted residual blocks are asked for, but the network has {len(ends)}: "
-                        "ask for as many as it has, or for layers with `last_layers`")
+                        "ask for at least one and at most as many as it has, or for convolutions with --last")
     start = ends[-count - 1] + 1 if count < len(ends) else 0
-    layers, learns = {}, {}
+    layers, learns = dict[str, tuple[Method, ...]](), dict[str, tuple[str, ...]]()
     for index, call in enumerate(graph.calls[start:], start):
         if call.kind in ("conv", "norm", "linear"):
             wanted = ("bias",) if call.kind == "norm" and index not in ends else ("weight", "bias")
             learns[call.name] = tuple(role for role in wanted if role in call.params)
-        if call.kind == "conv":
+        if call.kind == "conv" and method.refuse(call) is None:
             layers[call.name] = (method,)
     return Plan(input_shape=graph.input_shape, layers=layers, learns=learns)

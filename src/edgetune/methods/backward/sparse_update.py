@@ -14,7 +14,8 @@ Shapes
     depthwise: k output channels learn, weight[f:f+k] (k 1 u v); kept are the channels that they read
 
 What is kept (bytes)
-    4 n k h w, and 4 o k u v of gradient; 0 where only the bias learns, or the gradient only passes through.
+    4 n k h w, and 4 o k u v of gradient. A layer of which only the bias learns, or through which the gradient only
+    passes, keeps nothing without this method, and is refused.
 
 What changes in the gradient or the answer
     Nothing of what is computed: gx is exact, and the gradient of the window is that part of the exact one. The
