@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import edgetune as et
+from edgetune import calibrate as calibration
+from edgetune.alone import Reference
 from edgetune.calibrate import calibrate
 from edgetune.contract import Method
+from edgetune.draft import draft
 from edgetune.errors import PlanError
 from edgetune.graph import Graph
 from edgetune.methods.backward.exact import Exact
+from edgetune.methods.backward.gradient_filter import GradientFilter
 from edgetune.methods.backward.mobiletl import MobileTL
 from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.methods.backward.sparse_update import SparseUpdate, window_axis
@@ -45,26 +49,76 @@ def by_autograd(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
 
 
+def energies(model: nn.Module, x: torch.Tensor, chunk: int) -> dict[str, torch.Tensor]:
+    """Squared gradients, summed over parts of the batch."""
+    sums: dict[str, torch.Tensor] = {}
+    for part in torch.arange(len(x)).split(chunk):
+        twin = copy.deepcopy(model)
+        (F.cross_entropy(twin(x[part]), BATCH[part], reduction="sum") / len(x)).backward()
+        for name, p in twin.named_parameters():
+            if p.grad is not None:
+                sums[name] = sums.get(name, torch.zeros_like(p.grad)) + p.grad.square()
+    return sums
+
+
+@pytest.mark.parametrize("name", ["Inverted", "Residual", "Branching"])
+@pytest.mark.parametrize("method", [PooledChain(patch_px=2), GradientFilter(patch_px=3), MobileTL(hardswish_bits=1)],
+                         ids=lambda own: own.method)
+def test_alone_is_what_a_plan_of_that_layer_gives(name: str, method: Method) -> None:
+    model, graph, x = small(name)
+    convs = [call for call in graph.layers("conv") if method.refuse(call) is None]
+    reference = Reference(model, graph)
+    alone = reference.alone({call.name: method for call in convs})
+    exact, tape = reference.run(x, BATCH, len(x), [alone])
+    for layer, weight in reference.weights.items():
+        torch.testing.assert_close(exact[layer], by_autograd(model, x)[weight], rtol=1e-9, atol=1e-12)
+    found = reference.gradients(alone, tape)
+    assert found.keys() == {call.name for call in convs}
+    for call in convs:
+        settings = {other.node: method if other.name == call.name else Exact() for other in graph.layers("conv")}
+        undo = et.apply(model, draft(graph, settings, frozenset(settings)))
+        model.zero_grad()
+        F.cross_entropy(model(x), BATCH).backward()
+        gradient = model.get_parameter(call.params["weight"]).grad
+        undo()
+        assert gradient is not None
+        if all(other.kind != "activation" or other.function != "hardswish" for other in graph.calls):
+            torch.testing.assert_close(found[call.name], gradient, rtol=1e-8, atol=1e-12)
+
+
+def test_every_pattern_of_taps_counts_alike() -> None:
+    torch.manual_seed(0)
+    g = torch.randn(8, 6, 3, 3, dtype=torch.float64) + 5 * torch.randn(8, 6, 1, 1, dtype=torch.float64)
+    even = calibration._by_taps(g) @ calibration._evening(calibration._by_taps(g).T @ calibration._by_taps(g))
+    energy = even.square().sum(0)
+    assert 0.3 < energy.min() <= energy.max() < 1.05
+    cosines = calibration._Cosines()
+    mean = g.mean((2, 3), keepdim=True).expand_as(g)
+    patterns = {"layer": calibration._evening(calibration._by_taps(g).T @ calibration._by_taps(g))}
+    cosines.see({"layer": g}, {"layer": mean}, lambda layer, gradient: gradient, patterns)
+    assert 1 / 9 < cosines.all()["layer"] ** 2 < 0.35 < float(F.cosine_similarity(g.flatten(), mean.flatten(), 0)) ** 2
+
+
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
 @pytest.mark.parametrize("name", ["Inverted", "Residual"])
 def test_a_window_gains_its_share_of_the_squared_gradient(name: str, ratio: float) -> None:
     model, graph, x = small(name)
     methods = Exact(), SparseUpdate(ratio=ratio), Tried(ratio=ratio)
-    found, exact = calibrate(model, graph, (x, BATCH), methods, chunk=2), by_autograd(model, x)
+    found, energy = calibrate(model, graph, (x, BATCH), methods, chunk=2), energies(model, x, 2)
     gauge = found.gauges[methods[1]]
     for call in graph.layers("conv"):
         assert call.geometry is not None
-        g = exact[call.params["weight"]]
-        assert found.importance[call.name] == pytest.approx(float(g.square().sum()))
+        squares = energy[call.params["weight"]]
+        assert found.importance[call.name] == pytest.approx(float(squares.sum()))
         if methods[1].refuse(call) is not None:
             assert call.name == "even" and call.name not in gauge.own
             continue
         axis, channels = window_axis(call.geometry)
         count = max(1, round(ratio * channels))
-        energy = [float(g.narrow(axis, first, count).square().sum()) for first in range(channels - count + 1)]
+        windows = [float(squares.narrow(axis, first, count).sum()) for first in range(channels - count + 1)]
         own = gauge.own[call.name]
-        assert isinstance(own, SparseUpdate) and energy[own.first] == pytest.approx(max(energy))
-        assert gauge.share[call.name] == pytest.approx(max(energy) / float(g.square().sum()))
+        assert isinstance(own, SparseUpdate) and windows[own.first] == pytest.approx(max(windows))
+        assert gauge.share[call.name] == pytest.approx(max(windows) / float(squares.sum()))
         # the inner product with the exact gradient over its squared norm, by a gradient that was really computed
         tried = found.gauges[methods[2]]
         assert tried.share[call.name] * tried.fidelity[call.name] == pytest.approx(gauge.share[call.name])

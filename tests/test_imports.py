@@ -20,8 +20,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LINE = [
     "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "blocks", "contract",
     "hosts", "methods", "quantize", "route", "apply", "allocator", "scratch", "outcome", "meter", "update", "profile",
-    "stopwatch", "draft", "calibrate", "knapsack", "prospect", "plan", "reasons", "front", "sparse", "models", "data",
-    "cache", "frozen", "costs", "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
+    "stopwatch", "draft", "alone", "calibrate", "knapsack", "prospect", "plan", "reasons", "front", "sparse", "models",
+    "data", "cache", "frozen", "costs", "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
 ]  # fmt: skip
 BASICS = {"errors", "units", "shapes", "record"}
 NARROW = {"models": BASICS, "data": BASICS}

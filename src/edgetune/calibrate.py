@@ -4,75 +4,153 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edgetune.alone import Gradients, Reference
 from edgetune.apply import apply
 from edgetune.contract import Method, Plan, qualified
-from edgetune.draft import draft, last_layers
-from edgetune.graph import Graph
-from edgetune.methods.backward.exact import Exact
+from edgetune.draft import draft
+from edgetune.graph import Call, Graph
 
-Gradients = dict[str, torch.Tensor]
+CHUNK = 2
+"""Samples that go through at a time. Few, as what moves all samples alike is learned first, and the rest remains."""
+
+FLOOR = 0.01
+"""Share of the mean energy of a pattern of taps that every pattern is taken to have at least."""
 
 
 @dataclass(frozen=True)
 class Gauge:
     """One method on a network, by layer: `own`, its settings there; `share`, that of the squared exact gradient which
     lies in the part of the weight that learns; `fidelity`, the cosine between the method's gradient of that part, all
-    layers using the method, and the exact one. Layers that it refuses have no settings: they are exact meanwhile."""
+    layers using the method, and the exact one, every pattern of taps counting alike; `alone`, the same where all other
+    layers are exact, as far as that can be told. Layers that it refuses have no settings: they are exact meanwhile."""
 
     own: Mapping[str, Method]
     share: Mapping[str, float]
     fidelity: Mapping[str, float]
+    alone: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`importance[layer]`: squared norm of the exact gradient (Fisher-style); a gauge of each method."""
+    """`importance[layer]`: squared norm of the exact gradient (Fisher-style); a gauge of each method.
+
+    Squares and products are summed over parts of the batch.
+    """
 
     importance: Mapping[str, float]
     gauges: Mapping[Method, Gauge]
 
 
 def calibrate(model: nn.Module, graph: Graph, batch: tuple[torch.Tensor, torch.Tensor],
-              methods: Sequence[Method], chunk: int = 8) -> Calibration:
-    """Compare each method's weight gradients with the exact ones on the batch x (n c h w), y (n).
+              methods: Sequence[Method], chunk: int = CHUNK) -> Calibration:
+    """Compare each method's weight gradients with the exact ones on parts of the batch x (n c h w), y (n).
 
-    A method of which only a part of the weight learns has that part where the exact gradient is largest. Methods that
-    say to be exact on this network are not run. The model itself is left untouched; `chunk` samples go through at a
-    time, so that a small device can calibrate too.
+    A method of which only a part of the weight learns has that part where the exact gradients are largest. Methods
+    that say to be exact on this network are not run. The model itself is left untouched; `chunk` samples go through at
+    a time, so that a small device can calibrate too.
     """
-    reference = _gradients(model, graph, batch, last_layers(graph, None, Exact()), chunk)
-    importance = {layer: _energy(g) for layer, g in reference.items()}
-    return Calibration(importance, {method: _gauge(model, graph, batch, method, reference, chunk)
-                                    for method in methods})
+    x, y = batch
+    reference, energy, taps = Reference(model, graph), Gradients(), Gradients()
+    for part in torch.arange(len(x)).split(chunk):
+        for layer, g in reference.run(x[part], y[part], len(x))[0].items():
+            for sums, more in ((energy, g.double().square()), (taps, _by_taps(g).T @ _by_taps(g))):
+                sums[layer] = sums[layer] + more if layer in sums else more
+    even = {layer: _evening(products) for layer, products in taps.items()}
+    trials = [_Trial(model, graph, method, reference, energy) for method in methods]
+    running = [trial for trial in trials if trial.differs]
+    for part in torch.arange(len(x)).split(chunk) if running else ():
+        exact, tape = reference.run(x[part], y[part], len(x), [trial.segments for trial in running])
+        for trial in running:
+            trial.together.see(exact, trial.gradients(x[part], y[part], len(x)), trial.part, even)
+            trial.alone.see(exact, reference.gradients(trial.segments, tape), trial.part, even)
+    return Calibration({layer: float(squares.sum()) for layer, squares in energy.items()},
+                       {trial.method: trial.gauge() for trial in trials})
 
 
-def _gauge(model: nn.Module, graph: Graph, batch: tuple[torch.Tensor, torch.Tensor], method: Method,
-           reference: Gradients, chunk: int) -> Gauge:
-    own, parts = dict[str, Method](), dict(reference)
-    for call in graph.layers("conv"):
-        if call.name in reference and call.geometry is not None and method.refuse(call) is None:
-            own[call.name] = method.placed(reference[call.name], call.geometry)
-            parts[call.name] = own[call.name].part(reference[call.name], call.geometry)
-    share = {layer: min(_energy(parts[layer]) / max(_energy(reference[layer]), sys.float_info.min), 1.0)
-             for layer in own}
-    if method.exact_on(graph):
-        return Gauge(own, share, dict.fromkeys(parts, 1.0))
-    convs = graph.layers("conv")
-    settings = {call.node: own[call.name] for call in convs if call.name in own}
-    found = _gradients(model, graph, batch, draft(graph, settings, frozenset(call.node for call in convs)), chunk)
-    return Gauge(own, share, {layer: float(F.cosine_similarity(found[layer].flatten(), part.flatten(), 0))
-                              for layer, part in parts.items()})
+def _by_taps(gradient: torch.Tensor) -> torch.Tensor:
+    """gw (o i u v) as float64 (o i, u v)."""
+    return gradient.double().flatten(2).flatten(0, 1)
 
 
-def _energy(gradient: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+def _evening(products: torch.Tensor) -> torch.Tensor:
+    """The matrix (u v, u v) behind which gradients have as much energy in every pattern of taps.
+
+    `products` (u v, u v) are sums of products of taps. Most of a kernel's gradient lies in the mean of its taps, which
+    is learned in a few steps; what the other patterns would gain counts from then on.
+    """
+    values, patterns = torch.linalg.eigh(products)
+    return patterns * (values.clamp(min=0) + FLOOR * values.mean()).clamp(min=sys.float_info.min).rsqrt()
+
+
+@dataclass
+class _Cosines:
+    """Cosines by layer between gradients, over all their parts and with every pattern of taps counting alike."""
+
+    sums: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
+
+    def see(self, exact: Gradients, found: Gradients, part: Callable[[str, torch.Tensor], torch.Tensor],
+            even: Gradients) -> None:
+        for layer, g in found.items():
+            ours, theirs = ((_by_taps(each) @ even[layer]).flatten() for each in (g, part(layer, exact[layer])))
+            for at, (left, right) in enumerate(((ours, theirs), (ours, ours), (theirs, theirs))):
+                self.sums[layer][at] += float(left @ right)
+
+    def all(self) -> dict[str, float]:
+        return {layer: dot / max((ours * theirs) ** 0.5, sys.float_info.min)
+                for layer, (dot, ours, theirs) in self.sums.items()}
+
+
+class _Trial:
+    """One method, run beside the exact gradients unless it says to be exact."""
+
+    def __init__(self, model: nn.Module, graph: Graph, method: Method, reference: Reference,
+                 energy: Gradients) -> None:
+        self.method, self.energy, self.together, self.alone = method, energy, _Cosines(), _Cosines()
+        self.convs = {call.name: call for call in graph.layers("conv")}
+        self.own = {name: method.placed(energy[name].sqrt(), call.geometry) for name, call in self.convs.items()
+                    if name in energy and call.geometry is not None and method.refuse(call) is None}
+        self.differs = not method.exact_on(graph)
+        if self.differs:
+            self.segments = {} if method.learns_as else reference.alone(self.own)
+            settings = {call.node: self.own[call.name] for call in graph.layers("conv") if call.name in self.own}
+            self.plan = draft(graph, settings, frozenset(call.node for call in graph.layers("conv")))
+            self.twin = copy.deepcopy(model)
+            apply(self.twin, self.plan, graph)
+            self.twin.eval()
+
+    def part(self, layer: str, gradient: torch.Tensor) -> torch.Tensor:
+        """What of it learns."""
+        geometry, own = self.convs[layer].geometry, self.own.get(layer)
+        return gradient if own is None or geometry is None else own.part(gradient, geometry)
+
+    def gradients(self, x: torch.Tensor, y: torch.Tensor, count: int) -> Gradients:
+        """Those of what learns of the convolutions' weights, all layers using the method."""
+        self.twin.zero_grad()
+        (F.cross_entropy(self.twin(x), y, reduction="sum") / count).backward()  # type: ignore[no-untyped-call]
+        return {layer: p.grad for layer, p in _learners(self.twin, self.convs, self.plan) if p.grad is not None}
+
+    def gauge(self) -> Gauge:
+        share = {layer: min(float(self.part(layer, self.energy[layer]).sum())
+                            / max(float(self.energy[layer].sum()), sys.float_info.min), 1.0) for layer in self.own}
+        fidelity = self.together.all() if self.differs else dict.fromkeys(self.energy, 1.0)
+        return Gauge(self.own, share, fidelity, self.alone.all())
+
+
+def _learners(twin: nn.Module, convs: Mapping[str, Call], plan: Plan) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each convolution with its weight, or with what learns in its place."""
+    names = {call.params["weight"]: name for name, call in convs.items()}
+    names |= {qualified(name, other): name for name in convs for role, other in plan.stand_ins(name).items()
+              if role == "weight"}
+    found = {names[name]: p for name, p in twin.named_parameters() if name in names and p.requires_grad}
+    yield from found.items()
 
 
 def drawn_labels(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -84,20 +162,3 @@ def drawn_labels(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     model.train(was_training)
     generator = torch.Generator().manual_seed(0)
     return torch.multinomial(out.float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(x.device)
-
-
-def _gradients(model: nn.Module, graph: Graph, batch: tuple[torch.Tensor, torch.Tensor], plan: Plan,
-               chunk: int) -> Gradients:
-    """Gradients of what learns of the convolutions' weights on the whole batch, on a copy of the model."""
-    twin = copy.deepcopy(model)
-    apply(twin, plan, graph)
-    twin.eval()
-    x, y = batch
-    for start in range(0, len(x), chunk):
-        part = slice(start, start + chunk)
-        loss = F.cross_entropy(twin(x[part]), y[part], reduction="sum") / len(x)
-        loss.backward()
-    learners = {call.params["weight"]: call.name for call in graph.layers("conv")}
-    learners |= {qualified(layer, other): layer for layer in set(learners.values())
-                 for role, other in plan.stand_ins(layer).items() if role == "weight"}
-    return {learners[name]: p.grad for name, p in twin.named_parameters() if name in learners and p.grad is not None}

@@ -69,7 +69,8 @@ class Prospect:
         self.methods = self._differing(methods)
         batch = batch or (sample, drawn_labels(model, sample))
         self.worth: Calibration = calibrate(model, self.graph, batch, self.methods)
-        self.faith = {method: _faith([gauge.fidelity.get(call.name, 0.0) for call in self.convs])
+        self.faith = {method: _faith(*(_squared([cosines.get(call.name, other) for call in self.convs])
+                                       for cosines, other in ((gauge.fidelity, 0.0), (gauge.alone, 1.0))))
                       for method, gauge in self.worth.gauges.items()}
         self.options = [self._options_of(call) for call in self.convs]
         self.head = draft(self.graph, {}, frozenset())
@@ -245,17 +246,24 @@ class Prospect:
         return twin
 
 
-def _faith(cosines: list[float]) -> list[tuple[float, float]]:
-    """For each layer, input to output: how faithful its own weight gradient is, and which share of faith it passes on.
+def _squared(cosines: list[float]) -> list[float]:
+    """A gradient of cosine c to the exact one lets the loss fall by c squared of what the exact one does."""
+    return [max(cosine, 0.0) ** 2 for cosine in cosines]
 
-    `cosines` are those of a whole network on one method, so each is a layer's own times the shares of all behind it.
+
+def _faith(together: list[float], alone: list[float]) -> list[tuple[float, float]]:
+    """For each layer, input to output: what share its own weight gradient gains, and which share of faith it passes on.
+
+    `together` are the shares of a whole network on one method, `alone` those of each layer where all others are exact:
+    their ratio is what comes to a layer through all behind it.
     """
-    faith: list[tuple[float, float]] = []
-    through = 1.0
-    for index in range(len(cosines) - 1, -1, -1):
-        here = min(max(cosines[index], 0.0), through)
-        before = max(cosines[index - 1], 0.0) if index else 0.0
-        passes = min(before / here, 1.0) if here > 0 else 0.0
-        faith.append((here / through if through > 0 else 0.0, passes))
-        through *= passes
+    comes, faith = 1.0, list[tuple[float, float]]()
+    for index in range(len(together) - 1, -1, -1):
+        before = min(_ratio(together[index - 1], alone[index - 1]), comes) if index else 0.0
+        faith.append((alone[index], _ratio(before, comes)))
+        comes = before
     return faith[::-1]
+
+
+def _ratio(part: float, whole: float) -> float:
+    return min(part / whole, 1.0) if whole > 0 else 0.0

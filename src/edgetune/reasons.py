@@ -15,10 +15,10 @@ NUDGE = 0.05
 
 
 class Way(Record):
-    """One method on one layer. `fidelity` is the cosine of its weight gradient with the exact one, times the share of
-    the squared exact gradient in what learns by it, 0 to 1; `passes` is the share of a faithful gradient it hands on.
-    Bytes and ms are what learning by it adds to a step in which only the head learns; `ms` is None where nothing was
-    timed."""
+    """One method on one layer. `fidelity` is the share, 0 to 1, of what learning exactly would gain: the squared cosine
+    of its weight gradient with the exact one, times the share of the squared exact gradient in what learns by it;
+    `passes` is the share that it leaves to the layers before. Bytes and ms are what learning by it adds to a step in
+    which only the head learns; `ms` is None where nothing was timed."""
 
     method: str
     settings: dict[str, Any]

@@ -1,0 +1,101 @@
+"""Exact gradients of a network, and what a method makes of one layer's when all behind that layer is exact.
+
+Beside the gradients of a network in which every layer uses the method, this tells apart what a layer loses by itself
+and what it loses because the gradient that comes to it is blurred already.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from edgetune.apply import claim
+from edgetune.contract import Method, Needs, Plan, Segment
+from edgetune.graph import Graph, follow
+
+Gradients = dict[str, torch.Tensor]
+"""Weight gradient (o i u v) of each convolution, by layer."""
+Alone = Mapping[str, Sequence[Segment]]
+"""The segments that a method makes of each layer where it is the only one to learn."""
+
+
+class Reference:
+    """A copy of a network in which everything learns by autograd; the network itself stays as it is."""
+
+    def __init__(self, model: nn.Module, graph: Graph) -> None:
+        self.graph, self.twin = graph, copy.deepcopy(model).eval().requires_grad_(True)
+        self.flow = follow(self.twin)[0]
+        self.weights = {call.name: call.params["weight"] for call in graph.layers("conv")}
+        self.tensors = dict((*self.twin.named_parameters(), *self.twin.named_buffers()))
+
+    def alone(self, methods: Mapping[str, Method]) -> Alone:
+        """What each layer's method makes of it; nothing where layers cannot be followed."""
+        if self.flow is None:
+            return {}
+        found = {name: _segments(self.graph, name, method) for name, method in methods.items()}
+        return {name: segments for name, segments in found.items() if segments}
+
+    def run(self, x: torch.Tensor, y: torch.Tensor, count: int, wanted: Sequence[Alone] = ()) -> tuple[Gradients, Tape]:
+        """Exact gradients of the mean loss over `count` samples, of which x (n c h w), y (n) are a part; their tape."""
+        self.twin.zero_grad()
+        nodes = {n for alone in wanted for own in alone.values() for each in own for n in (*each.inputs, *each.outputs)}
+        tape = Tape(nodes)
+        out = self.twin(x) if self.flow is None or not nodes else _Watched(self.twin, self.flow, tape).run(x)
+        (F.cross_entropy(out, y, reduction="sum") / count).backward()  # type: ignore[no-untyped-call]
+        grads = {layer: self.tensors[weight].grad for layer, weight in self.weights.items()}
+        return {layer: grad for layer, grad in grads.items() if grad is not None}, tape
+
+    def gradients(self, alone: Alone, tape: Tape) -> Gradients:
+        """Those of every layer by its own method, from exact maps and gradients."""
+        found = Gradients()
+        for layer, segments in alone.items():
+            for segment in segments:
+                gradient = self._gradient(segment, tape, self.weights[layer])
+                found[layer] = found[layer] + gradient if layer in found else gradient
+        return found
+
+    @torch.no_grad()
+    def _gradient(self, segment: Segment, tape: Tape, weight: str) -> torch.Tensor:
+        params = {name: self.tensors[name].detach() for name in segment.params}
+        needs = Needs(tuple(False for _ in segment.inputs), frozenset({weight}))
+        _, kept = segment.rule.forward(segment, [tape.values[node] for node in segment.inputs], params, needs)
+        gys = [tape.gradients[node] for node in segment.outputs]
+        return segment.rule.backward(segment, kept, gys, params, needs)[1][weight]
+
+
+class Tape:
+    """Values of some nodes, and the gradients that came to them."""
+
+    def __init__(self, nodes: set[str]) -> None:
+        self.nodes, self.values, self.gradients = nodes, Gradients(), Gradients()
+
+    def hold(self, node: str, out: torch.Tensor) -> None:
+        """Hold a value now, and its gradient once that is there."""
+        self.values[node] = out.detach().clone()  # a later layer may write over it
+        if out.requires_grad:
+            out.register_hook(lambda gradient: self.gradients.update({node: gradient.detach()}))
+
+
+class _Watched(fx.Interpreter):
+    """Runs a network node by node."""
+
+    def __init__(self, model: nn.Module, flow: fx.Graph, tape: Tape) -> None:
+        super().__init__(model, graph=flow)
+        self.tape = tape
+
+    def run_node(self, n: fx.Node) -> object:
+        out = super().run_node(n)
+        if n.name in self.tape.nodes and isinstance(out, torch.Tensor):
+            self.tape.hold(n.name, out)
+        return out
+
+
+def _segments(graph: Graph, layer: str, method: Method) -> list[Segment]:
+    """Those of a plan in which only this layer learns, and by the method, that hold its calls."""
+    plan = Plan(input_shape=graph.input_shape, layers={layer: (method,)}, learns={layer: ("weight",)})
+    return [segment for segment in claim(graph, plan) if any(call.name == layer for call in segment.calls)
+            and all(call.followed for call in segment.calls)]
