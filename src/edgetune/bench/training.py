@@ -152,7 +152,7 @@ ROWS: tuple[tuple[Case, Arm], ...] = (
     # the last three inverted residual blocks and the convolution behind them: ten convolutions
     *((FLOWERS, arm) for arm in (plain(10), mobiletl(3), exact(10), HEAD, branches(3), *chains(10)[:2])),
     *((SPARSE, arm) for arm in (plain(25), HEAD)),
-    *((SPARSE, replace(exact(count), method=f"last {count}")) for count in (2, 4, 6, 9, 12)),
+    *((SPARSE, replace(exact(count), method=f"last {count}")) for count in (2, 4, 6, 9, 12, 16, 20, 25)),
     *((SPARSE, sparse(f"mobilenet_v2_0.35-{size}KB")) for size in (49, 73, 99)),
     *((JPEG, arm) for arm in (plain(6), BEFORE, *int8(6), *chains(6)[:1], exact(6))),
     *((V3, arm) for arm in (plain(21), BEFORE, HEAD, *bits(4), *chains(21)[:1], exact(21))),
