@@ -21,7 +21,7 @@ LINE = [
     "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "blocks", "contract",
     "hosts", "methods", "quantize", "route", "apply", "allocator", "scratch", "outcome", "meter", "update", "profile",
     "stopwatch", "draft", "alone", "calibrate", "knapsack", "prospect", "plan", "reasons", "front", "sparse", "models",
-    "data", "cache", "frozen", "costs", "run", "loop", "train", "report", "bench", "doctor", "cli", "__main__",
+    "data", "cache", "frozen", "costs", "run", "loop", "job", "train", "report", "bench", "doctor", "cli", "__main__",
 ]  # fmt: skip
 BASICS = {"errors", "units", "shapes", "record"}
 NARROW = {"models": BASICS, "data": BASICS}

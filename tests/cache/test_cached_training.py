@@ -184,7 +184,7 @@ class TestValidation:
             opened.append(open_features(*given))  # type: ignore[arg-type]
             return opened[-1]
 
-        monkeypatch.setattr(importlib.import_module("edgetune.train"), "open_features", spy)
+        monkeypatch.setattr(importlib.import_module("edgetune.job"), "open_features", spy)
         start(tmp_path / "out", Cache(keep="disk"))
         val = opened[0].use
         assert (val.found, val.computed) == ((EPOCHS - 1) * 32, 32 + EPOCHS * 6)
