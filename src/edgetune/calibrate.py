@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -121,10 +121,11 @@ class _Trial:
         if self.differs:
             self.segments = {} if method.learns_as else reference.alone(self.own)
             settings = {call.node: self.own[call.name] for call in graph.layers("conv") if call.name in self.own}
-            self.plan = draft(graph, settings, frozenset(call.node for call in graph.layers("conv")))
+            plan = draft(graph, settings, frozenset(call.node for call in graph.layers("conv")))
             self.twin = copy.deepcopy(model)
-            apply(self.twin, self.plan, graph)
+            apply(self.twin, plan, graph)
             self.twin.eval()
+            self.learners = _learners(self.twin, self.convs, plan)
 
     def part(self, layer: str, gradient: torch.Tensor) -> torch.Tensor:
         """What of it learns."""
@@ -135,7 +136,7 @@ class _Trial:
         """Those of what learns of the convolutions' weights, all layers using the method."""
         self.twin.zero_grad()
         (F.cross_entropy(self.twin(x), y, reduction="sum") / count).backward()  # type: ignore[no-untyped-call]
-        return {layer: p.grad for layer, p in _learners(self.twin, self.convs, self.plan) if p.grad is not None}
+        return {layer: p.grad for layer, p in self.learners.items() if p.grad is not None}
 
     def gauge(self) -> Gauge:
         share = {layer: min(float(self.part(layer, self.energy[layer]).sum())
@@ -144,13 +145,12 @@ class _Trial:
         return Gauge(self.own, share, fidelity, self.alone.all())
 
 
-def _learners(twin: nn.Module, convs: Mapping[str, Call], plan: Plan) -> Iterator[tuple[str, nn.Parameter]]:
+def _learners(twin: nn.Module, convs: Mapping[str, Call], plan: Plan) -> dict[str, nn.Parameter]:
     """Each convolution with its weight, or with what learns in its place."""
     names = {call.params["weight"]: name for name, call in convs.items()}
     names |= {qualified(name, other): name for name in convs for role, other in plan.stand_ins(name).items()
               if role == "weight"}
-    found = {names[name]: p for name, p in twin.named_parameters() if name in names and p.requires_grad}
-    yield from found.items()
+    return {names[name]: p for name, p in twin.named_parameters() if name in names and p.requires_grad}
 
 
 def drawn_labels(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,16 @@ class CellStore:
                 yield False
                 return
             yield True
+
+
+def written_once(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make the file where it is not there yet, whole or not at all; other processes wait for it."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            partial = path.with_suffix(".part")
+            write(partial)
+            partial.replace(path)
 
 
 def pack_bits(correct: torch.Tensor) -> str:

@@ -5,7 +5,6 @@ Order and views depend on (epoch, photo) alone, so that every method of a fold s
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from edgetune.bench.cells import cell_key
+from edgetune.bench.cells import cell_key, written_once
 from edgetune.data.augment import augment
 from edgetune.data.chance import generator_for, permutation
 from edgetune.data.loading import load_data
@@ -151,11 +150,6 @@ def behind(source: Photos | Maps, frozen: nn.Module, epochs: int, name: str) -> 
 
 def built_once(path: Path, build: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The tensor in a file, made by `build` where it is not there yet; other processes wait for it."""
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            partial = path.with_suffix(".part")
-            torch.save(build(), partial)
-            partial.replace(path)
+    written_once(path, lambda partial: torch.save(build(), partial))
     tensor: torch.Tensor = torch.load(path, mmap=True, weights_only=True)
     return tensor

@@ -7,7 +7,6 @@ the device. An interrupted lesson goes on from its last whole epoch.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from edgetune.bench.cells import cell_key
+from edgetune.bench.cells import cell_key, written_once
 from edgetune.data import Augment, Pictures, Preprocess, batches, load_data
 from edgetune.models import load_model, model_card
 from edgetune.record import Record
@@ -63,25 +62,20 @@ def taught(lesson: Lesson, data: Path) -> Path:
 
     Raises DataError where CIFAR-10 is not below `data`.
     """
-    stem = Path(tempfile.gettempdir()) / f"edgetune-taught-{cell_key(lesson.model_dump())}"
-    path = stem.with_suffix(".safetensors")
-    with stem.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            os.environ.setdefault("EDGETUNE_DATA", str(data))
-            pictures = load_data("cifar10", lesson.preprocess).train
-            torch.manual_seed(0)
-            model = load_model(lesson.network, num_classes=10)
-            teach(model, pictures, lesson.cycles, checkpoint=stem.with_suffix(".checkpoint"), say=_say(lesson))
-            save_file(
-                {
-                    key: value.contiguous(memory_format=torch.contiguous_format)
-                    for key, value in model.state_dict().items()
-                },
-                stem.with_suffix(".part"),
-            )
-            stem.with_suffix(".part").replace(path)
-            stem.with_suffix(".checkpoint").unlink(missing_ok=True)
+    path = Path(tempfile.gettempdir()) / f"edgetune-taught-{cell_key(lesson.model_dump())}.safetensors"
+    checkpoint = path.with_suffix(".checkpoint")
+
+    def write(partial: Path) -> None:
+        os.environ.setdefault("EDGETUNE_DATA", str(data))
+        pictures = load_data("cifar10", lesson.preprocess).train
+        torch.manual_seed(0)
+        model = load_model(lesson.network, num_classes=10)
+        teach(model, pictures, lesson.cycles, checkpoint=checkpoint, say=_say(lesson))
+        state = model.state_dict().items()
+        save_file({key: value.contiguous(memory_format=torch.contiguous_format) for key, value in state}, partial)
+
+    written_once(path, write)
+    checkpoint.unlink(missing_ok=True)
     return path
 
 
