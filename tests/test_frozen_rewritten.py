@@ -13,14 +13,14 @@ from torch import nn
 import edgetune as et
 from edgetune.apply import apply, rewrite
 from edgetune.cache.cut import find_cut
-from edgetune.data import Dataset, Preprocess, load_data
+from edgetune.data import Dataset
 from edgetune.errors import ModelError, Refusal, RunError
 from edgetune.frozen import NAME, has_front, install, integer_front
-from edgetune.loop import Silent
 from edgetune.methods.backward.tinytl import Lite, TinyTL
-from edgetune.models import load_model, model_card
-from edgetune.run import Epoch, Interrupted, Run, load_run
+from edgetune.models import load_model
+from edgetune.run import Interrupted, Run, load_run
 from edgetune.train import resume, train
+from stopping import Stop, few_digits
 
 SAMPLE = (8, 1, 32, 32)
 
@@ -70,16 +70,9 @@ def test_blocks_come_first() -> None:
         apply(model, front.left_over(plan))
 
 
-class Stop(Silent):
-    """Interrupts after the first epoch of the planned training."""
-
-    def epoch(self, number: int, row: Epoch) -> None:
-        raise KeyboardInterrupt
-
-
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return load_data("digits", Preprocess.from_input(model_card("digits_net").input), limit=24)
+    return few_digits()
 
 
 def start(data: Dataset, out: Path, model: nn.Module | None = None, **changes: object) -> Run:

@@ -23,6 +23,11 @@ Alone = Mapping[str, Sequence[Segment]]
 """The segments that a method makes of each layer where it is the only one to learn."""
 
 
+def add_to(sums: Gradients, layer: str, more: torch.Tensor) -> None:
+    """Add to what a layer has so far, if anything."""
+    sums[layer] = sums[layer] + more if layer in sums else more
+
+
 class Reference:
     """A copy of a network in which everything learns by autograd; the network itself stays as it is."""
 
@@ -54,8 +59,7 @@ class Reference:
         found = Gradients()
         for layer, segments in alone.items():
             for segment in segments:
-                gradient = self._gradient(segment, tape, self.weights[layer])
-                found[layer] = found[layer] + gradient if layer in found else gradient
+                add_to(found, layer, self._gradient(segment, tape, self.weights[layer]))
         return found
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from edgetune.alone import Gradients, Reference
+from edgetune.alone import Gradients, Reference, add_to
 from edgetune.apply import apply
 from edgetune.contract import Method, Plan, qualified
 from edgetune.draft import draft
@@ -61,8 +61,8 @@ def calibrate(model: nn.Module, graph: Graph, batch: tuple[torch.Tensor, torch.T
     reference, energy, taps = Reference(model, graph), Gradients(), Gradients()
     for part in torch.arange(len(x)).split(chunk):
         for layer, g in reference.run(x[part], y[part], len(x))[0].items():
-            for sums, more in ((energy, g.double().square()), (taps, _by_taps(g).T @ _by_taps(g))):
-                sums[layer] = sums[layer] + more if layer in sums else more
+            add_to(energy, layer, g.double().square())
+            add_to(taps, layer, _by_taps(g).T @ _by_taps(g))
     even = {layer: _evening(products) for layer, products in taps.items()}
     trials = [_Trial(model, graph, method, reference, energy) for method in methods]
     running = [trial for trial in trials if trial.differs]

@@ -14,17 +14,17 @@ import edgetune as et
 from edgetune.apply import rewrite
 from edgetune.blocks import blocks
 from edgetune.contract import Plan
-from edgetune.data import Dataset, Preprocess, load_data
+from edgetune.data import Dataset
 from edgetune.errors import PlanError, Refusal
-from edgetune.loop import Silent
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.tinytl import Lite, TinyTL, norm_groups, pooled
-from edgetune.models import load_model, model_card
+from edgetune.models import load_model
 from edgetune.profile import measure, profile
 from edgetune.report import report
-from edgetune.run import Epoch, Interrupted, evaluate, load_run
+from edgetune.run import Interrupted, evaluate, load_run
 from edgetune.train import resume, train
 from nets import NETS, scramble
+from stopping import Stop, few_digits
 
 
 def network(name: str = "Stacked", *shape: int) -> tuple[nn.Module, torch.Tensor]:
@@ -223,16 +223,9 @@ def test_first_weights_depend_on_seed_and_block_alone() -> None:
     assert all(map(torch.equal, taken[0], taken[1])) and not any(map(torch.equal, taken[0], taken[2]))
 
 
-class Stop(Silent):
-    """Interrupts after the first epoch of the planned training."""
-
-    def epoch(self, number: int, row: Epoch) -> None:
-        raise KeyboardInterrupt
-
-
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return load_data("digits", Preprocess.from_input(model_card("digits_net").input), limit=24)
+    return few_digits()
 
 
 @pytest.mark.usefixtures("one_thread")
