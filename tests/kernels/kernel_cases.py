@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edgetune.kernels import fallback, is_channels_last
+from edgetune.kernels.bounded_format import packed_size
 
 CASES_EACH = 60
 CHANNELS_LAST = torch.channels_last
@@ -148,10 +149,31 @@ def max_pool_backward(chosen: random.Random) -> tuple[Any, ...]:
     return _layout(torch.randn(y.shape).to(y.dtype), chosen), index, *x.shape[2:], *geometry
 
 
+def bounded_sizes(chosen: random.Random) -> tuple[Any, ...]:
+    while True:
+        x = _map(chosen).nan_to_num(0, 1, -1).reshape(-1)[: chosen.choice([1, 255, 300, 3000, 3000, 40_000])]
+        if x.numel() > 0:
+            break
+    kinds = [x, x.relu(), x + 5, x.double().cumsum(0).to(x.dtype), x * (x.double().cumsum(0) > 0), x * (x > 3), x * 0]
+    bound = chosen.choice([0.0, 1e-7, 1e-5, 1e-3, 0.01, 0.3, 1e9])
+    return _layout(chosen.choice(kinds).view(-1, 1, 1, 1), chosen), bound
+
+
+def bounded_encode(chosen: random.Random) -> tuple[Any, ...]:
+    x, bound = bounded_sizes(chosen)
+    sizes = fallback.bounded_sizes(x, bound)
+    return x, sizes, bound, packed_size(sizes)
+
+
+def bounded_decode(chosen: random.Random) -> tuple[Any, ...]:
+    arguments = bounded_encode(chosen)
+    return fallback.bounded_encode(*arguments), arguments[0].numel()
+
+
 MAKERS: dict[str, Callable[[random.Random], tuple[Any, ...]]] = {
     make.__name__: make for make in (patch_mean, patch_spread, mask_pack, mask_apply, mask_count, bits_count,
                                      masked_patch_mean, grid_products, max_pool,
-                                     max_pool_backward)}
+                                     max_pool_backward, bounded_sizes, bounded_encode, bounded_decode)}
 
 
 def cases(name: str, count: int = CASES_EACH) -> Iterator[tuple[int, tuple[Any, ...]]]:

@@ -12,8 +12,11 @@ from torch import Tensor
 from edgetune.kernels import fallback, is_channels_last
 from edgetune.kernels.geometry import memory_format
 from kernels.kernel_cases import MAKERS, as_tuple, cases
+from kernels.slow_bounded import slow_bounded_decode, slow_bounded_encode, slow_bounded_sizes
 
 SMALL = 20_000  # elements: loops in Python are slow
+SMALLER = {"max_pool_backward": 3000, "mask_pack": 3000, "bounded_decode": 80_000}
+SLOW_BOUNDED = slow_bounded_sizes, slow_bounded_encode, slow_bounded_decode
 
 
 def _memory_order(x: Tensor) -> list[tuple[int, ...]]:
@@ -147,7 +150,7 @@ def _size(arguments: tuple[Any, ...]) -> int:
 def test_fallback_equals_slow_loop(name: str) -> None:
     tried = 0
     for seed, arguments in cases(name):
-        if _size(arguments) > (SMALL if name not in ("max_pool_backward", "mask_pack") else 3000):
+        if _size(arguments) > SMALLER.get(name, SMALL):
             continue
         if any(isinstance(x, Tensor) and x.numel() == 0 for x in arguments):
             assert not any(out.any() for out in as_tuple(getattr(fallback, name)(*arguments)))

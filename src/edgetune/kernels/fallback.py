@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgetune.kernels.fallback_bounded import bounded_decode, bounded_encode, bounded_sizes
 from edgetune.kernels.geometry import (
     NOTHING,
     ROWS,
@@ -19,6 +20,8 @@ from edgetune.kernels.geometry import (
     is_channels_last,
     memory_format,
 )
+
+__all__ = ["bounded_decode", "bounded_encode", "bounded_sizes"]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -5,10 +5,13 @@ The real kernels call these checks too: what is refused in a run is refused on m
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from edgetune.errors import EdgetuneError
+from edgetune.kernels.bounded_format import BLOCK, HEADER, broken, chunks_of, unfit_sizes
 from edgetune.kernels.geometry import (
     ROWS,
     Pool,
@@ -114,3 +117,28 @@ def max_pool_backward(gy: Tensor, index: Tensor, h: int, w: int, kernel_h: int, 
     n, c = gy.shape[:2]
     return torch.empty((n, c, h, w), dtype=gy.dtype, device=gy.device,
                        memory_format=memory_format(is_channels_last(index)))
+
+
+def bounded_sizes(x: Tensor, bound: float) -> Tensor:
+    if not (math.isfinite(bound) and bound >= 0):
+        raise EdgetuneError(f"an error bound of {bound} bounds nothing: give 0 (exact) or a positive number")
+    return torch.empty((chunks_of(x.numel()),), dtype=torch.int32, device=x.device)
+
+
+def bounded_encode(x: Tensor, sizes: Tensor, bound: float, size: int) -> Tensor:
+    expected = bounded_sizes(x, bound)
+    if sizes.shape != expected.shape or sizes.dtype != expected.dtype:
+        raise EdgetuneError(f"sizes of shape {tuple(sizes.shape)} and type {sizes.dtype} don't belong to {x.numel()} "
+                            "values: give those of bounded_sizes")
+    if size < HEADER:
+        raise unfit_sizes()
+    return torch.empty((size,), dtype=torch.uint8, device=x.device)
+
+
+def bounded_decode(packed: Tensor, count: int) -> Tensor:
+    if packed.dtype != torch.uint8 or packed.dim() != 1:
+        raise EdgetuneError(f"a tensor of shape {tuple(packed.shape)} and type {packed.dtype} isn't packed: give the "
+                            "uint8 tensor that bounded_encode made")
+    if count > BLOCK * packed.numel():
+        raise broken(f"{packed.numel()} bytes never hold {count} values")
+    return torch.empty((count,), dtype=torch.float32, device=packed.device)

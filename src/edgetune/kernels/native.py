@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from edgetune.kernels import build
+from edgetune.kernels.bounded_format import bound_of, broken, chunks_of, head_of, starts_of, steps_of, unfit_sizes
 from edgetune.kernels.geometry import is_channels_last
 
 P, N, B, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -29,6 +30,9 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "grid_products": (P, P, P, P, P, P, P, P, P),
     "max_pool": (P, P, P, P, B),
     "max_pool_backward": (P, P, P, P, B),
+    "bounded_sizes": (P, P, N, F, F),
+    "bounded_encode": (P, P, P, P, N, F, F),
+    "bounded_decode": (P, N, P, P, P, N, F),
 }
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 COUNTABLE = 2**24  # pixels of a cell: float32 counts stay exact below
@@ -175,4 +179,44 @@ def max_pool_backward(out: Tensor, gy: Tensor, index: Tensor, h: int, w: int, *g
     gy = gy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     sizes = (N * 14)(*out.shape, *gy.shape[2:], *geometry)
     run(gy.data_ptr(), index.data_ptr(), out.data_ptr(), ctypes.addressof(sizes), last, get_num_threads())
+    return True
+
+
+def bounded_sizes(out: Tensor, x: Tensor, bound: float) -> bool:
+    run = _function("bounded_sizes", x.dtype)
+    if run is None:
+        return False
+    x = x.contiguous()
+    run(x.data_ptr(), out.data_ptr(), x.numel(), *steps_of(bound), get_num_threads())
+    return True
+
+
+def bounded_encode(out: Tensor, x: Tensor, sizes: Tensor, bound: float, size: int) -> bool:
+    run = _function("bounded_encode", x.dtype)
+    starts, unfit = starts_of(sizes), N()
+    if run is None:
+        return False
+    if starts[-1] != size or bool((sizes < 0).any()):
+        raise unfit_sizes()
+    x, head = x.contiguous(), head_of(x.numel(), bound, size)
+    out[: head.numel()] = head
+    run(x.data_ptr(), out.data_ptr(), starts.data_ptr(), ctypes.addressof(unfit), x.numel(), *steps_of(bound),
+        get_num_threads())
+    if unfit.value:
+        raise unfit_sizes()
+    return True
+
+
+def bounded_decode(out: Tensor, packed: Tensor, count: int) -> bool:
+    run = _function("bounded_decode", out.dtype)
+    if run is None:
+        return False
+    packed, e = packed.contiguous(), steps_of(bound_of(packed, count)).e
+    chunks, damaged = chunks_of(count), N()
+    starts = torch.empty(chunks + 1, dtype=torch.int64)
+    run(packed.data_ptr(), packed.numel(), out.data_ptr(), starts.data_ptr(), ctypes.addressof(damaged), count, e,
+        get_num_threads())
+    if damaged.value:
+        raise broken("their table of chunks is damaged" if damaged.value < 0 else
+                     f"{damaged.value} of {chunks} chunks are damaged")
     return True

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edgetune.kernels import schema as _schema  # defines torch.ops.edgetune
+from edgetune.kernels.bounded_format import packed_size
 
 _ops = torch.ops.edgetune
 _patch_mean = _ops.patch_mean.default
@@ -25,6 +26,9 @@ _masked_patch_mean = _ops.masked_patch_mean.default
 _grid_products = _ops.grid_products.default
 _max_pool = _ops.max_pool.default
 _max_pool_backward = _ops.max_pool_backward.default
+_bounded_sizes = _ops.bounded_sizes.default
+_bounded_encode = _ops.bounded_encode.default
+_bounded_decode = _ops.bounded_decode.default
 
 NAMES: tuple[str, ...] = tuple(_schema.OPS)
 
@@ -103,3 +107,25 @@ def max_pool_backward(gy: Tensor, index: Tensor, h: int, w: int, kernel_h: int, 
     """Gradient of max_pool: gy, index (n c p q) -> gx (n c h w) in the memory order of index."""
     return _max_pool_backward(gy, index, h, w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h,
                               dil_w)
+
+
+def bounded_sizes(x: Tensor, bound: float) -> Tensor:
+    """Bytes of every chunk of x (any shape) at an absolute error bound, 0 being exact: int32 (chunks).
+
+    How the bytes lie is told in native/bounded.h, and in bounded_format.py how large header and table are.
+    """
+    return _bounded_sizes(x, bound)
+
+
+def bounded_encode(x: Tensor, sizes: Tensor, bound: float) -> Tensor:
+    """x of any shape -> uint8 (bytes), with what bounded_sizes gave for the same x and bound.
+
+    Zeros stay zeros and nothing else becomes one. What is not finite, and what is more than 2^20 cells from zero, is
+    kept exactly.
+    """
+    return _bounded_encode(x, sizes, bound, packed_size(sizes))
+
+
+def bounded_decode(packed: Tensor, count: int) -> Tensor:
+    """uint8 (bytes) -> float32 (count). Raises EdgetuneError for bytes that bounded_encode has not made so."""
+    return _bounded_decode(packed, count)

@@ -46,6 +46,9 @@ OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback,
                      "bool wants_input, bool spread) -> (Tensor, Tensor, Tensor)",
     "max_pool": f"(Tensor x, {_POOL}, bool ceil_mode) -> (Tensor, Tensor)",
     "max_pool_backward": f"(Tensor gy, Tensor index, SymInt h, SymInt w, {_POOL}) -> Tensor",
+    "bounded_sizes": "(Tensor x, float bound) -> Tensor",
+    "bounded_encode": "(Tensor x, Tensor sizes, float bound, SymInt size) -> Tensor",
+    "bounded_decode": "(Tensor packed, SymInt count) -> Tensor",
 }.items()}
 
 

@@ -1,0 +1,3 @@
+/* The error-bounded codec, for float32. */
+#include "bounded_encode.c"
+#include "bounded_decode.c"
