@@ -1,6 +1,6 @@
 """The error-bounded codec in plain torch: the same bytes as native/bounded_encode.c writes, for any device.
 
-Blocks are rows (b 256), a group of chunks at a time. Bits are written and read one by one: this is the reference.
+Blocks are rows (b 256), a group of chunks at a time. native/bounded.h describes the bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgetune.kernels.bounded_bits import Numbers, Reader, Writer, bytes_of, check_of, in_front, places, words_of
 from edgetune.kernels.bounded_format import (
     BLOCK,
     CHUNK,
@@ -26,22 +27,11 @@ from edgetune.kernels.bounded_format import (
     unfit_sizes,
 )
 
-HIGH_BITS = 3
 MASKED, WIDE, NOTHING_SET, RAW, FIRST_SET = 16, 14, 15, 15 | 1 << 5, 16
 PLAIN, ABOVE, AROUND, STEPS = range(4)
 MOST_CELLS, MOST_WIDE, MOST_K, MOST_GAP_K = 2.0**12, 2.0**21, 23, 7
 GROUP = 16
 """Chunks that are worked on at once."""
-_ODD = 0x9E3779B97F4A7C15 - 2**64
-
-
-class _Numbers(NamedTuple):
-    """Rows of numbers u (b 256) of which the first n (b) count, and how they are written: k and bytes (b)."""
-
-    u: Tensor
-    n: Tensor
-    k: Tensor
-    size: Tensor
 
 
 class _Blocks(NamedTuple):
@@ -56,8 +46,8 @@ class _Blocks(NamedTuple):
     base: Tensor
     base_bytes: Tensor
     mask_bytes: Tensor
-    gaps: _Numbers
-    numbers: _Numbers
+    gaps: Numbers
+    numbers: Numbers
     size: Tensor
 
 
@@ -75,10 +65,10 @@ def bounded_encode(x: Tensor, sizes: Tensor, bound: float, size: int) -> Tensor:
     parts = [_write(_plan(part, bound)) for part in flat.split(GROUP * CHUNK)] if flat.numel() else []
     packed = torch.cat([head, head.new_zeros(ENTRY * sizes.numel()), *parts])
     edges = starts.tolist()
-    checks = [_check(packed[a:b], chunk) for chunk, (a, b) in enumerate(pairwise(edges))]
+    checks = [check_of(packed[a:b], chunk) for chunk, (a, b) in enumerate(pairwise(edges))]
     entries = torch.stack([sizes.long(), sizes.new_tensor(checks, dtype=torch.int64)], 1)
-    packed[HEADER : edges[0]] = _bytes_of(entries.view(-1))
-    packed[4:8] = _bytes_of(sizes.new_tensor([_check(packed[8 : edges[0]], 0)], dtype=torch.int64))
+    packed[HEADER : edges[0]] = bytes_of(entries.view(-1))
+    packed[4:8] = bytes_of(sizes.new_tensor([check_of(packed[8 : edges[0]], 0)], dtype=torch.int64))
     return packed
 
 
@@ -87,12 +77,13 @@ def bounded_decode(packed: Tensor, count: int) -> Tensor:
     first = HEADER + ENTRY * chunks
     if packed.numel() < first:
         raise broken("they end within the table of chunks")
-    table = _words(packed[HEADER:first], 4).view(chunks, 2)
+    table = words_of(packed[HEADER:first], 4).view(chunks, 2)
     starts = starts_of(table[:, 0])
-    if starts[-1] != packed.numel() or _check(packed[8:first], 0) != _words(packed[4:8], 4).item():
+    if starts[-1] != packed.numel() or check_of(packed[8:first], 0) != words_of(packed[4:8], 4).item():
         raise broken("their table of chunks is damaged")
     edges, checks = starts.tolist(), table[:, 1].tolist()
-    bad = [chunk for chunk in range(chunks) if _check(packed[edges[chunk] : edges[chunk + 1]], chunk) != checks[chunk]]
+    found = [check_of(packed[a:b], chunk) for chunk, (a, b) in enumerate(pairwise(edges))]
+    bad = [chunk for chunk in range(chunks) if found[chunk] != checks[chunk]]
     out = packed.new_empty(chunks * CHUNK, dtype=torch.float32)
     for a in range(0, chunks if not bad else 0, GROUP):
         b = min(a + GROUP, chunks)
@@ -103,51 +94,21 @@ def bounded_decode(packed: Tensor, count: int) -> Tensor:
     return out[:count]
 
 
-def _check(part: Tensor, seed: int) -> int:
-    """check_of in bounded.h."""
-    words = F.pad(part, (0, -part.numel() % 8)).view(-1, 8).reshape(-1)
-    numbers = torch.empty_like(words).copy_(words).view(torch.int64)
-    powers = torch.full_like(numbers, _ODD).cumprod(0)
-    total = (int((numbers * powers).sum()) + seed + 6 + part.numel()) * _ODD % 2**64
-    return (total ^ total >> 29) * _ODD % 2**64 >> 32
-
-
-def _bytes_of(words: Tensor) -> Tensor:
-    """int64 (n), each below 2^32 -> uint8 (4n)."""
-    shifts = torch.arange(0, 32, 8, device=words.device)
-    return (words[:, None] >> shifts & 255).to(torch.uint8).view(-1)
-
-
-def _words(part: Tensor, width: int) -> Tensor:
-    """uint8 (width n) -> int64 (n)."""
-    shifts = torch.arange(0, 8 * width, 8, device=part.device)
-    return (part.view(-1, width).long() << shifts).sum(1)
-
-
-def _first(flags: Tensor) -> Tensor:
-    """The positions of what is set in every row, in front: (b c) -> (b c)."""
-    return (~flags).to(torch.uint8).argsort(dim=1, stable=True)
-
-
-def _row(like: Tensor, count: int = BLOCK) -> Tensor:
-    return torch.arange(count, device=like.device)
-
-
-def _measured(u: Tensor, n: Tensor) -> _Numbers:
-    u = torch.where(_row(u) < n[:, None], u, 0)
+def _measured(u: Tensor, n: Tensor) -> Numbers:
+    u = torch.where(places(u) < n[:, None], u, 0)
     powers = torch.arange(1, 33, device=u.device)
     k = ((n[:, None] << powers) <= u.sum(1)[:, None]).sum(1) * (n > 0)
     high = (u >> k[:, None]).sum(1)
-    return _Numbers(u, n, k, (n * k + 7) // 8 + (n + high + 7) // 8)
+    return Numbers(u, n, k, (n * k + 7) // 8 + (n + high + 7) // 8)
 
 
 def _zigzag(v: Tensor) -> Tensor:
     return torch.where(v < 0, -2 * v - 1, 2 * v)
 
 
-def _folded(q: Tensor, n: Tensor, wide: Tensor) -> tuple[_Numbers, Tensor, Tensor, Tensor]:
+def _folded(q: Tensor, n: Tensor, wide: Tensor) -> tuple[Numbers, Tensor, Tensor, Tensor]:
     """Cells q (b 256) in the form that takes the fewest bytes: the numbers, form, base and its bytes."""
-    inside = _row(q) < n[:, None]
+    inside = places(q) < n[:, None]
     least = torch.where(inside, q, 2**40).amin(1)
     middle = torch.div((q * inside).sum(1), n.clamp(min=1), rounding_mode="floor")
     bases = (torch.zeros_like(n), least, middle, q[:, 0])
@@ -160,20 +121,20 @@ def _folded(q: Tensor, n: Tensor, wide: Tensor) -> tuple[_Numbers, Tensor, Tenso
         own = torch.where(wide, 4, 2) if number else torch.zeros_like(n)
         better = (form < 0) | (other.size + own < best.size + base_bytes)
         better &= least >= 0 if number == PLAIN else (least != 0 if number == ABOVE else n >= 0)
-        best = _Numbers(*(torch.where(better[:, None] if a.dim() == 2 else better, a, b) for a, b in zip(other, best)))
+        best = Numbers(*(torch.where(better[:, None] if a.dim() == 2 else better, a, b) for a, b in zip(other, best)))
         form, base = torch.where(better, number, form), torch.where(better, bases[number], base)
         base_bytes = torch.where(better, own, base_bytes)
     return best, form, base, base_bytes
 
 
-def _gaps(mask: Tensor, m: Tensor) -> _Numbers:
+def _gaps(mask: Tensor, m: Tensor) -> Numbers:
     """How many values lie between one change of the mask and the next, less one."""
-    change = F.pad(mask[:, 1:] != mask[:, :-1], (1, 0)) & (_row(mask) < m[:, None])
-    at = _first(change)
+    change = F.pad(mask[:, 1:] != mask[:, :-1], (1, 0)) & (places(mask) < m[:, None])
+    at = in_front(change)
     return _measured(at - F.pad(at[:, :-1], (1, 0)) - 1, change.sum(1))
 
 
-def _masked(mask: Tensor, m: Tensor) -> tuple[Tensor, Tensor, _Numbers]:
+def _masked(mask: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Numbers]:
     """The values that are set (b), the bytes of the mask, its gaps."""
     n, gaps = mask.sum(1), _gaps(mask, m)
     octets = 1 + (m + 7) // 8
@@ -185,7 +146,7 @@ def _masked(mask: Tensor, m: Tensor) -> tuple[Tensor, Tensor, _Numbers]:
 def _plan(flat: Tensor, bound: float) -> _Blocks:
     e, scale = steps_of(bound)
     x = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
-    m = (flat.numel() - _row(x, len(x)) * BLOCK).clamp(max=BLOCK)
+    m = (flat.numel() - places(x, len(x)) * BLOCK).clamp(max=BLOCK)
     bits = x.contiguous().view(torch.int32).long() & 0xFFFFFFFF
     magnitude = bits & 0x7FFFFFFF
     cells = magnitude.amax(1).int().view(torch.float32) * torch.tensor(scale, dtype=torch.float32)
@@ -193,11 +154,11 @@ def _plan(flat: Tensor, bound: float) -> _Blocks:
     raw = some & ~(cells <= MOST_WIDE / 2) if e else some
     wide = (cells > MOST_CELLS) & ~raw & some
     mask = torch.where(raw[:, None], bits != 0, magnitude != 0)
-    order = _first(mask)
+    order = in_front(mask)
     steps = torch.where(wide, 2 * scale, scale).float()[:, None]
     q = (torch.where(raw[:, None], 0, x) * steps).floor().long().gather(1, order)
     n = mask.sum(1)
-    numbers, form, base, base_bytes = _folded(torch.where(_row(q) < n[:, None], q, 0), n, wide)
+    numbers, form, base, base_bytes = _folded(torch.where(places(q) < n[:, None], q, 0), n, wide)
     n, mask_bytes, gaps = _masked(mask, m)
     size = 1 + wide.long() + base_bytes + mask_bytes + numbers.size
     again = some & (raw | (size > 4 * m))
@@ -214,40 +175,9 @@ def _plan(flat: Tensor, bound: float) -> _Blocks:
                    torch.where(some, size, 1))
 
 
-class _Writer:
-    """Bits of a group of blocks; `at` (b) is the bit at which each row goes on."""
-
-    def __init__(self, sizes: Tensor) -> None:
-        self.bits = sizes.new_zeros(8 * int(sizes.sum()), dtype=torch.uint8)
-        self.at = 8 * (sizes.cumsum(0) - sizes)
-
-    def put(self, values: Tensor, count: Tensor | int, width: Tensor | int, where: Tensor) -> None:
-        """The `width` lowest bits of the first `count` values of the rows `where`; whole bytes."""
-        n, w = (torch.as_tensor(v, device=self.at.device).expand_as(self.at) * where for v in (count, width))
-        first = self.at[:, None] + _row(values, values.shape[1]) * w[:, None]
-        inside = _row(values, values.shape[1]) < n[:, None]
-        for bit in range(int(w.max()) if len(w) else 0):
-            here = inside & (bit < w[:, None])
-            self.bits[(first + bit)[here]] = (values >> bit & 1)[here].to(torch.uint8)
-        self.at = self.at + (n * w + 7) // 8 * 8
-
-    def put_numbers(self, numbers: _Numbers, where: Tensor) -> None:
-        """Rice's code."""
-        self.put(numbers.u, numbers.n, numbers.k, where)
-        high = numbers.u >> numbers.k[:, None]
-        inside = (_row(high) < numbers.n[:, None]) & where[:, None]
-        ends = ((high + 1) * inside).cumsum(1)
-        self.bits[(self.at[:, None] + ends - 1)[inside]] = 1
-        self.at = self.at + (ends[:, -1] + 7) // 8 * 8
-
-    def packed(self) -> Tensor:
-        """uint8 (bytes)."""
-        return (self.bits.view(-1, 8) << _row(self.bits, 8).to(torch.uint8)).sum(1, dtype=torch.uint8)
-
-
 def _write(b: _Blocks) -> Tensor:
     """The bytes of a group of blocks."""
-    writer, every, coded = _Writer(b.size), b.m > 0, (b.first != NOTHING_SET) & ~b.raw
+    writer, every, coded = Writer(b.size), b.m > 0, (b.first != NOTHING_SET) & ~b.raw
     masked, bitmap = b.mask_bytes > 0, b.gaps.n == 0
     writer.put(b.first[:, None], 1, 8, every)
     writer.put(b.numbers.k[:, None], 1, 8, b.wide)
@@ -259,41 +189,8 @@ def _write(b: _Blocks) -> Tensor:
     writer.put_numbers(b.numbers, coded)
     kept = b.mask | ~masked[:, None]
     count = torch.where(masked, b.mask.sum(1), b.m)
-    writer.put(b.bits.gather(1, _first(kept)), count, 32, b.raw)
+    writer.put(b.bits.gather(1, in_front(kept)), count, 32, b.raw)
     return writer.packed()
-
-
-class _Reader:
-    """Bytes, of which rows are read from the bit `at` (b) on. Beyond the end are zeros."""
-
-    def __init__(self, packed: Tensor, starts: Tensor) -> None:
-        self.packed, self.at = packed, 8 * starts
-
-    def _bits(self, at: Tensor) -> Tensor:
-        found = self.packed[(at >> 3).clamp(max=self.packed.numel() - 1)].long() >> (at & 7) & 1
-        return torch.where(at >> 3 < self.packed.numel(), found, 0)
-
-    def get(self, count: Tensor | int, width: Tensor | int, where: Tensor, columns: int = BLOCK) -> Tensor:
-        """What `_Writer.put` wrote: (b columns), 0 in other rows."""
-        n, w = (torch.as_tensor(v, device=self.at.device).expand_as(self.at) * where for v in (count, width))
-        place = _row(self.at, columns)
-        first, values = self.at[:, None] + place * w[:, None], self.at.new_zeros(len(self.at), columns)
-        for bit in range(int(w.max())):
-            values += self._bits(first + bit) * ((place < n[:, None]) & (bit < w[:, None])) << bit
-        self.at = self.at + (n * w + 7) // 8 * 8
-        return values
-
-    def get_numbers(self, n: Tensor, k: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-        """What `_Writer.put_numbers` wrote, and in which rows that was right."""
-        n = n * where
-        low = self.get(n, k, where)
-        ones = self._bits(self.at[:, None] + _row(low, HIGH_BITS * BLOCK)) > 0
-        ends = _first(ones)[:, :BLOCK]
-        last = torch.where(n > 0, ends.gather(1, (n - 1).clamp(min=0)[:, None])[:, 0] + 1, 0)
-        good = (ones.sum(1) >= n) & (last <= (HIGH_BITS * n + 7) // 8 * 8)
-        self.at = self.at + (last + 7) // 8 * 8
-        high = ends - F.pad(ends[:, :-1], (1, 0), value=-1) - 1
-        return torch.where(_row(low) < n[:, None], low | high << k[:, None], 0), good
 
 
 def _signed(v: Tensor, bits: int) -> Tensor:
@@ -304,7 +201,7 @@ def _unzigzag(u: Tensor) -> Tensor:
     return (u >> 1) ^ -(u & 1)
 
 
-def _read_mask(reader: _Reader, m: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+def _read_mask(reader: Reader, m: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
     """The mask (b 256), all of m where there is none, and in which rows that was right."""
     toggles = reader.get(1, 8, where, 1)[:, 0]
     runs = where & (toggles > 0)
@@ -313,20 +210,20 @@ def _read_mask(reader: _Reader, m: Tensor, where: Tensor) -> tuple[Tensor, Tenso
     good = k <= MOST_GAP_K
     gaps, right = reader.get_numbers(toggles, torch.where(good, k, 0), runs)
     at = (gaps.clamp(max=BLOCK) + 1).cumsum(1)
-    used = _row(at) < toggles[:, None] * runs[:, None]
+    used = places(at) < toggles[:, None] * runs[:, None]
     good &= right & ~(used & (at >= m[:, None])).any(1)
     flips = torch.zeros_like(at).scatter_add_(1, at.clamp(max=BLOCK - 1), used.long()).cumsum(1) + (kind > k)[:, None]
     bitmap = reader.get(m, 1, where & ~runs)
     mask = torch.where(runs[:, None], flips % 2 > 0, bitmap > 0) | ~where[:, None]
-    return mask & (_row(mask) < m[:, None]), good
+    return mask & (places(mask) < m[:, None]), good
 
 
 def _read(packed: Tensor, starts: Tensor, out: Tensor, count: int, bound: float) -> Tensor:
     """Fill out (chunks CHUNK), of which `count` values count; returns in which chunks the bytes were right."""
-    e, reader = steps_of(bound)[0], _Reader(packed, starts[:-1])
+    e, reader = steps_of(bound)[0], Reader(packed, starts[:-1])
     good = torch.ones_like(starts[:-1], dtype=torch.bool)
     for column in range(CHUNK // BLOCK):
-        m = (count - _row(good, len(good)) * CHUNK - column * BLOCK).clamp(0, BLOCK)
+        m = (count - places(good, len(good)) * CHUNK - column * BLOCK).clamp(0, BLOCK)
         values, right = _read_blocks(reader, m, e)
         out[:, column * BLOCK : (column + 1) * BLOCK] = values
         good &= right & (reader.at <= 8 * starts[1:])
@@ -334,7 +231,7 @@ def _read(packed: Tensor, starts: Tensor, out: Tensor, count: int, bound: float)
     return good & (reader.at == 8 * starts[1:])
 
 
-def _read_blocks(reader: _Reader, m: Tensor, e: float) -> tuple[Tensor, Tensor]:
+def _read_blocks(reader: Reader, m: Tensor, e: float) -> tuple[Tensor, Tensor]:
     """Values (b 256) of one block in every row, and where their bytes were right."""
     some = m > 0
     first = reader.get(1, 8, some, 1)[:, 0]
