@@ -75,6 +75,23 @@ static void spread(const float *packed, int m, const uint8_t *mask, float *out) 
     }
 }
 
+/* 64 bytes of 0 or 1 as bits. */
+static inline uint64_t bits_of(const uint8_t *flags) {
+#if defined(__AVX512BW__) && !defined(ET_PLAIN)
+    __m512i bytes = _mm512_loadu_si512(flags);
+    return _mm512_test_epi8_mask(bytes, bytes);
+#elif defined(__AVX2__) && !defined(ET_PLAIN)
+    __m256i low = _mm256_loadu_si256((const __m256i *)(const void *)flags);
+    __m256i high = _mm256_loadu_si256((const __m256i *)(const void *)(flags + 32));
+    uint64_t both = (uint32_t)_mm256_movemask_epi8(_mm256_slli_epi16(high, 7));
+    return both << 32 | (uint32_t)_mm256_movemask_epi8(_mm256_slli_epi16(low, 7));
+#else
+    uint64_t word = 0;
+    for (int i = 0; i < 8; i++) word |= (load64(flags + 8 * i) * 0x0102040810204080u >> 56) << (8 * i);
+    return word;
+#endif
+}
+
 /* Positions of the word's ones, as many of them as `to` has room for: 64 may be written. */
 static inline void places_of(uint64_t word, int offset, int count, uint16_t *to) {
 #if defined(__AVX512VBMI2__) && defined(__AVX512BW__) && !defined(ET_PLAIN)
