@@ -146,6 +146,26 @@ def steps(where: Callable[[Row], bool] = lambda row: True) -> Table:
     )
 
 
+def codec(where: Callable[[Row], bool]) -> Table:
+    """Codecs on maps of networks in training."""
+    return Table(
+        suite="codec",
+        where=where,
+        key=("case", "codec", "bound"),
+        columns={
+            "maps": text("case"),
+            "bound": text("bound"),
+            "codec": text("codec"),
+            "ratio": number("ratio", 2, "x"),
+            "by entropy at most": number("entropy_ratio", 2, "x"),
+            "encode": number("encode_gb_s", 2, " GB/s"),
+            "decode": number("decode_gb_s", 2, " GB/s"),
+            "largest error, in bounds": number("error", 4, ""),
+            "zeros kept": percent("zeros_kept"),
+        },
+    )
+
+
 TABLES = {
     "layers": layers("mean"),
     "layers-grid": layers("grid"),
@@ -167,6 +187,8 @@ TABLES = {
             "to without": number("method_speedup", 1, "x"),
         },
     ),
+    "codec": codec(lambda row: row["bound"] == 0.01),
+    "codec-bounds": codec(lambda row: row["bound"] != 0.01 and row["threads"] == 2),
     "transfer": Table(
         suite="transfer",
         key=("case", "method", "patch_px", "taps"),

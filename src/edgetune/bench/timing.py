@@ -172,7 +172,7 @@ def result(rows: list[Row], device: str = "cpu") -> Result:
     return {"machine": machine(device), "versions": versions(), "git": git_hash(), "rows": rows}
 
 
-SAME = ("suite", "machine", "case", "method", "patch_px", "taps", "codec", "batch", "threads", "quick")
+SAME = ("suite", "machine", "case", "method", "patch_px", "taps", "codec", "bound", "batch", "threads", "quick")
 """What two rows have in common when the later one replaces the earlier."""
 
 

@@ -27,6 +27,7 @@ SUITES = {
     "transfer": "accuracy after adapting",
     "training": "ways to train on a device side by side",
     "budgets": "the planner beside single methods in the same memory",
+    "codec": "codecs on the maps of networks in training",
     "ladder": "the memory of a training step, rung by rung",
 }
 RESULTS = Path("bench/results")
@@ -37,6 +38,14 @@ SHOWN = (
     "patch_px",
     "taps",
     "codec",
+    "bound",
+    "threads",
+    "ratio",
+    "entropy_ratio",
+    "encode_gb_s",
+    "decode_gb_s",
+    "error",
+    "zeros_kept",
     "batch",
     "baseline_ms",
     "method_ms",
