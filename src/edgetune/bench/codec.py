@@ -41,6 +41,7 @@ class CodecOptions(Record):
     size_px: int = Field(224, ge=32)
     each: int = Field(4, ge=1)
     threads: Annotated[tuple[int, ...], BeforeValidator(_several)] = (1, 2)
+    clock: timing.Clock = "wall"
     rounds: int = Field(5, ge=1)
     peers: bool = True
     quick: bool = False
@@ -77,9 +78,9 @@ def _rows(case: str, maps: Sequence[Tensor], peers: Sequence[Peer], options: Cod
         for threads in options.threads:
             with timing.threads(threads), torch.no_grad():
                 codecs: list[_Ours | _Theirs] = [_Ours("bounded", Bounded), *(_Theirs(peer) for peer in peers)]
-                yield from _side_by_side(maps, bounds, codecs, options.rounds, {
-                    "case": case, "bound": bound, "entropy_ratio": most, "batch": options.batch, "threads": threads,
-                    "quick": options.quick})  # fmt: skip
+                facts = {"case": case, "bound": bound, "entropy_ratio": most, "batch": options.batch,
+                         "threads": threads, "clock": options.clock, "quick": options.quick}  # fmt: skip
+                yield from _side_by_side(maps, bounds, codecs, options.rounds, facts)
 
 
 class _Theirs:
@@ -113,7 +114,7 @@ def _side_by_side(maps: Sequence[Tensor], bounds: Sequence[float], codecs: Seque
     for codec in codecs:
         functions[f"encode {codec.name}"] = _encoding(codec, maps, bounds)
         functions[f"decode {codec.name}"] = _decoding(codec, packed[codec.name], maps)
-    timed = timing.interleave(functions, rounds=rounds)
+    timed = timing.interleave(functions, rounds=rounds, clock=facts["clock"])
     read = 4 * sum(x.numel() for x in maps)
     for codec in codecs:
         own = packed[codec.name]
