@@ -17,6 +17,9 @@ typedef int64_t I;
 DECLARE(float, f32)
 DECLARE(uint16_t, bf16)
 void et_max_pool_backward_f32(const float *, uint8_t *, float *, const I *, int, int);
+void et_bounded_sizes_f32(const float *, int32_t *, I, float, float, int);
+void et_bounded_encode_f32(const float *, uint8_t *, const I *, I *, I, float, float, int);
+void et_bounded_decode_f32(const uint8_t *, I, float *, I *, I *, I, float, int);
 void et_grid_products_f32(const float *, const float *, const float *, const float *, const float *, float *, float *,
                           float *, const I *, int);
 
@@ -84,6 +87,36 @@ static void check_products(float *x) {
     free(gx); free(gw); free(sums);
 }
 
+/* Values with and without a NaN, zeros, an offset and steps from one to the next; the bytes and what comes back. */
+static void check_bounded(float *x) {
+    static const float halves[] = {0, 1e-5f, 0.01f, 0.3f};
+    uint8_t *packed = room();
+    float *back = room();
+    I starts[5], unfit, broken;
+    for (int kind = 0; kind < 6; kind++)
+        for (int bound = 0; bound < 4; bound++) {
+            I count = 20000 + 77 * kind, chunks = (count + 8191) / 8192;
+            float e = halves[bound], scale = e > 0 ? 0.5f / e : 0, walk = 0;
+            int32_t sizes[4];
+            for (I i = 0; i < count; i++) {
+                float v = (float)((int)(next() >> 8) % 2001 - 1000) / 512;
+                walk += v / 8;
+                x[i] = kind == 0 ? value() : kind == 1 ? v : kind == 2 ? v + 9 : kind == 3 ? walk : walk > 0 ? v : 0;
+                if (kind == 5 && v < 1) x[i] = 0;
+            }
+            et_bounded_sizes_f32(x, sizes, count, e, scale, 2);
+            starts[0] = 32 + 8 * chunks;
+            for (I i = 0; i < chunks; i++) starts[i + 1] = starts[i] + sizes[i];
+            memset(packed, 0, 32);
+            et_bounded_encode_f32(x, packed, starts, &unfit, count, e, scale, 2);
+            show("bounded_encode", packed, starts[chunks]);
+            et_bounded_decode_f32(packed, starts[chunks], back, starts, &broken, count, e, 2);
+            printf("unfit %d broken %d\n", (int)unfit, (int)broken);
+            show("bounded_decode", back, count * sizeof *back);
+        }
+    free(packed); free(back);
+}
+
 int main(void) {
     static const I shapes[][4] = {{2, 3, 7, 9}, {1, 16, 14, 14}, {2, 5, 9, 33}, {1, 70, 6, 21}, {1, 3, 40, 56}};
     static const I patches[][2] = {{1, 1}, {2, 2}, {4, 4}, {3, 3}, {2, 5}, {7, 9}, {20, 40}};
@@ -103,6 +136,7 @@ int main(void) {
                 check_bf16(half, bits, shape[0], shape[1], shape[2], shape[3], patches[r][0], patches[r][1], last);
             }
     check_products(x);
+    check_bounded(x);
     float *y = room(), *gx = room();
     uint8_t *index = room();
     const I g[] = {2, 9, 15, 20, 8, 10, 3, 3, 2, 2, 1, 1, 1, 1};
