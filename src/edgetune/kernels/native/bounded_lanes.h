@@ -38,6 +38,23 @@ static uint32_t look(const float *x, int m, int exactly, uint8_t *mask) {
     return most;
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(ET_PLAIN)
+/* For each byte of a mask: the places of its ones, side by side; and of each place, how many ones lie before it. */
+static struct { uint8_t places[256][8], ones_before[256][8]; } lanes_of;
+
+__attribute__((constructor)) static void fill_lanes(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int i = 0, n = 0; i < 8; i++) {
+            lanes_of.ones_before[mask][i] = (uint8_t)n;
+            if (mask >> i & 1) lanes_of.places[mask][n++] = (uint8_t)i;
+        }
+}
+
+static inline __m256i eight_of(const uint8_t *places) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)places));
+}
+#endif
+
 /* The cells of the values whose bit is set, side by side; returns how many. q has room for 16 more. */
 static int cells_of(const float *x, int m, const uint8_t *mask, float scale, int32_t *q) {
     int n = 0, i = 0;
@@ -49,6 +66,13 @@ static int cells_of(const float *x, int m, const uint8_t *mask, float scale, int
         __m512i cell = _mm512_cvttps_epi32(_mm512_roundscale_ps(s, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
         _mm512_storeu_si512(q + n, _mm512_maskz_compress_epi32(lanes, cell));
         n += set_bits(lanes);
+    }
+#elif defined(__AVX2__) && !defined(ET_PLAIN)
+    for (; i + 8 <= m; i += 8) {
+        __m256 s = _mm256_floor_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(scale)));
+        __m256i cells = _mm256_permutevar8x32_epi32(_mm256_cvttps_epi32(s), eight_of(lanes_of.places[mask[i / 8]]));
+        _mm256_storeu_si256((__m256i *)(void *)(q + n), cells);
+        n += set_bits(mask[i / 8]);
     }
 #endif
     for (; i < m; i++) {
@@ -67,11 +91,19 @@ static void spread(const float *packed, int m, const uint8_t *mask, float *out) 
         _mm512_mask_storeu_ps(out + i, v16_lanes(m - i), _mm512_maskz_expand_ps(lanes, _mm512_loadu_ps(packed + n)));
         n += set_bits(lanes);
     }
+#elif defined(__AVX2__) && !defined(ET_PLAIN)
+    for (; i + 8 <= m; i += 8) {
+        __m256i from = eight_of(lanes_of.ones_before[mask[i / 8]]);
+        v8_store(out + i, v8_keep(_mm256_permutevar8x32_ps(_mm256_loadu_ps(packed + n), from), mask[i / 8]));
+        n += set_bits(mask[i / 8]);
+    }
 #endif
     for (; i < m; i++) {
-        int set = mask[i / 8] >> (i % 8) & 1;
-        out[i] = set ? packed[n] : 0;
-        n += set;
+        uint32_t bits, set = mask[i / 8] >> (i % 8) & 1;
+        memcpy(&bits, packed + n, sizeof bits);
+        bits &= 0 - set;  /* no branch, which would be guessed wrong half of the time */
+        memcpy(out + i, &bits, sizeof bits);
+        n += (int)set;
     }
 }
 
