@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from edgetune.contract import Kept, LayerMethod, Needs, Segment, Tensors
+from edgetune.contract import Kept, LayerMethod, Needs, Rule, Segment, Tensors
 from edgetune.graph import Call
 from edgetune.overlap import ConvGeometry
 
@@ -91,3 +91,8 @@ class ConvRule:
         if gw is not None:
             grads[name] = gw.to(weight.dtype)
         return (gx,), grads
+
+
+def conv_rule(method: LayerMethod, call: Call) -> Rule:
+    """What a convolution does by a method."""
+    return method.rule(call) or ConvRule(method)
