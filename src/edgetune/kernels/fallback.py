@@ -178,14 +178,13 @@ def group_pack(x: Tensor, bits: int, group: int, seed: int, stochastic: bool = T
 
 
 def group_unpack(packed: Tensor, bits: int, group: int, elements: int) -> Tensor:
-    scales = Groups(bits, group).scales(elements)
-    heads, codes = packed[: 6 * scales].clone(), packed[6 * scales :]
-    low = heads[: 4 * scales].view(torch.float32)[:, None]
-    step = heads[4 * scales :].view(torch.bfloat16)[:, None].float()
+    groups = Groups(bits, group)
+    low, step = groups.scales_of(packed, elements)
+    scales, codes = len(low), packed[6 * len(low) :]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)[:, None]
     flat = (codes.reshape(-1, 1, 8) >> shifts & 2**bits - 1).reshape(-1)
     rows = F.pad(flat, (0, scales * group - len(flat))).reshape(scales, group)
-    return (low + rows * step).reshape(-1)[:elements]
+    return (low[:, None] + rows * step[:, None]).reshape(-1)[:elements]
 
 
 def _sees(starts: Tensor, kernel: int, dil: int, size: int) -> Tensor:

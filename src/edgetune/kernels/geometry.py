@@ -79,6 +79,12 @@ class Groups(NamedTuple):
             raise EdgetuneError(f"{tuple(packed.shape)} numbers of type {packed.dtype} aren't {elements} elements in "
                                 f"{self.bits} bits: give the {self.size(elements)} bytes that group_pack made")
 
+    def scales_of(self, packed: Tensor, elements: int) -> tuple[Tensor, Tensor]:
+        """The least value and the step of every group, as written: float32 (groups,)."""
+        scales = self.scales(elements)
+        head = packed[: 6 * scales].clone()  # numbers lie where numbers have to
+        return head[: 4 * scales].view(torch.float32), head[4 * scales :].view(torch.bfloat16).float()
+
 
 BLOCK = 32
 """Elements of a group that draw chance and are written at once."""
