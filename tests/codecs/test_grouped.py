@@ -166,7 +166,7 @@ def test_bytes_of_another_number_are_refused() -> None:
             Grouped(4).decode(wrong, (2, 3, 5))
 
 
-@pytest.mark.parametrize(("bits", "group"), [(3, 256), (16, 256), (4, 0), (4, 100), (4, -32)])
+@pytest.mark.parametrize(("bits", "group"), [(3, 256), (16, 256), (4, 0), (4, 100), (4, -32), (4, 2**17)])
 def test_other_bits_and_groups_are_refused(bits: int, group: int) -> None:
     with pytest.raises(EdgetuneError, match=r"can't be packed: give 8|isn't whole blocks: give a multiple of 32"):
         Grouped(bits, group)

@@ -62,8 +62,9 @@ class Groups(NamedTuple):
         """Raises EdgetuneError where there is no such code, or a group isn't a whole number of blocks."""
         if self.bits not in (2, 4, 8):
             raise EdgetuneError(f"codes of {self.bits} bits can't be packed: give 8, 4 or 2")
-        if self.group < BLOCK or self.group % BLOCK:
-            raise EdgetuneError(f"a group of {self.group} elements isn't whole blocks: give a multiple of {BLOCK}")
+        if not BLOCK <= self.group <= MOST or self.group % BLOCK:
+            raise EdgetuneError(f"a group of {self.group} elements isn't whole blocks: give a multiple of {BLOCK}, "
+                                f"up to {MOST}")
 
     def scales(self, elements: int) -> int:
         """How many groups that is; the last one may be short."""
@@ -88,6 +89,9 @@ class Groups(NamedTuple):
 
 BLOCK = 32
 """Elements of a group that draw chance and are written at once."""
+
+MOST = 65536
+"""Elements of the largest group."""
 
 LARGEST = 2.0**126
 """The largest magnitude that group_pack takes: the distance of two numbers must be a float32, too."""
