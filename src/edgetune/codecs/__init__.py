@@ -1,6 +1,7 @@
 """How tensors are written as bytes: one interface, one file a codec."""
 
 from edgetune.codecs.codec import Codec
+from edgetune.codecs.grouped import Grouped
 from edgetune.codecs.plain import PLAIN, Float16, Float32, Int8
 
-__all__ = ["PLAIN", "Codec", "Float16", "Float32", "Int8"]
+__all__ = ["PLAIN", "Codec", "Float16", "Float32", "Grouped", "Int8"]
