@@ -16,7 +16,6 @@ from edgetune.hosts.tucker import (
     Ranks,
     Tucker,
     allowed,
-    cut,
     iterated,
     product,
     start,
@@ -139,17 +138,12 @@ def test_a_map_of_zeros_has_rank_one() -> None:
     assert found.core.shape == (1, 1, 1, 1) and not rebuilt(found).any()
 
 
-def test_cut_factors_are_those_of_a_lower_energy() -> None:
+def test_ranks_limit_what_the_energy_asks_for() -> None:
     x = torch.randn(6, 9, 5, 5, dtype=torch.float64)
-    more = truncated_hosvd(x, 0.95)
-    ranks = {name: max(1, more.core.shape[AXES.index(name)] - 1) for name in AXES}
-    less = cut(more, ranks)
-    assert less.core.shape == tuple(ranks[name] if name in more.bases else more.core.shape[AXES.index(name)]
-                                    for name in AXES)
-    projected = rebuilt(more)
-    for name, basis in less.bases.items():
-        projected = product(projected, basis @ basis.mT, AXES.index(name))
-    assert torch.allclose(rebuilt(less), projected)
+    free, limited = truncated_hosvd(x, 0.95), truncated_hosvd(x, 0.95, (3, 9, 2, 5))
+    assert limited.core.shape[0] == 3 and limited.core.shape[2] == 2
+    assert limited.core.shape[1] <= free.core.shape[1] and limited.core.shape[3] <= free.core.shape[3]
+    assert truncated_hosvd(x, 1.0, (6, 4, 5, 5)).bases.keys() == {"c"}
 
 
 @settings(max_examples=60)
@@ -164,7 +158,7 @@ def test_allowed_ranks_are_those_an_unfolding_can_have(shape: tuple[int, ...], r
 def test_iterations_come_to_the_leading_singular_vectors() -> None:
     x = rebuilt(random_factors((8, 12, 6, 6), (8, 3, 6, 6))) + 0.01 * torch.randn(8, 12, 6, 6, dtype=torch.float64)
     leading = torch.linalg.svd(unfolded(x, 1), full_matrices=False).U[:, :3]
-    basis = start(12, 3, 0, x)
+    basis = start(12, 3, 0).to(x)
     for _ in range(8):
         basis = iterated(x, basis, 1)
     assert torch.allclose(basis @ basis.mT, leading @ leading.mT, atol=1e-6)

@@ -84,8 +84,9 @@ def allowed(shape: Sequence[int], ranks: Ranks) -> Ranks:
     return found[0], found[1], found[2], found[3]
 
 
-def truncated_hosvd(x: torch.Tensor, energy: float) -> Tucker:
-    """The smallest factors of x (n c h w) that lose, axis by axis, at most 1 - energy of its squared norm.
+def truncated_hosvd(x: torch.Tensor, energy: float, ranks: Ranks | None = None) -> Tucker:
+    """The smallest factors of x (n c h w) that lose, axis by axis, at most 1 - energy of its squared norm, or as little
+    as `ranks` allow.
 
     Sequentially truncated (Vannieuwenhoven, Vandebril and Meerbergen, 2012): an axis is decomposed after those before
     it have been made smaller, so that only small matrices are; the squared losses of the axes add up exactly. The order
@@ -98,8 +99,9 @@ def truncated_hosvd(x: torch.Tensor, energy: float) -> Tucker:
         values, vectors = _principal(unfolded(core, axis))
         reached = values.double().clamp(min=0).cumsum(0)
         wanted = reached[-1] - (1 - energy) * total
-        rank = min(int(torch.searchsorted(reached, wanted)) + 1, core.shape[axis])
-        if rank < core.shape[axis] and energy < 1:
+        rank = core.shape[axis] if energy == 1 else min(int(torch.searchsorted(reached, wanted)) + 1, core.shape[axis])
+        rank = rank if ranks is None else min(rank, ranks[axis])
+        if rank < core.shape[axis]:
             bases[name] = vectors[:, :rank].contiguous()
             core = product(core, bases[name].mT, axis)
     return Tucker(core, bases)
@@ -114,21 +116,9 @@ def _principal(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.flip(0), vectors.flip(1)
 
 
-def cut(factors: Tucker, ranks: Mapping[str, int]) -> Tucker:
-    """The factors with only the first columns of each basis, as many as `ranks` says; cores of `truncated_hosvd` have
-    their largest entries first. Axes without a basis stay whole."""
-    core, bases = factors.core, dict[str, torch.Tensor]()
-    for name, basis in factors.bases.items():
-        core = core.narrow(AXES.index(name), 0, ranks[name])
-        bases[name] = basis[:, :ranks[name]].contiguous()
-    return Tucker(core.contiguous(), bases)
-
-
-def start(size: int, rank: int, seed: int, like: torch.Tensor | None = None) -> torch.Tensor:
-    """An orthonormal basis (s r) that depends on nothing but its shape and seed; float32 on the CPU, or as `like`."""
-    numbers = torch.randn(size, rank, generator=torch.Generator().manual_seed(seed))
-    basis = torch.linalg.qr(numbers).Q
-    return basis if like is None else basis.to(like)
+def start(size: int, rank: int, seed: int) -> torch.Tensor:
+    """An orthonormal basis (s r) that depends on nothing but its shape and seed; float32, on the CPU."""
+    return torch.linalg.qr(torch.randn(size, rank, generator=torch.Generator().manual_seed(seed))).Q
 
 
 def iterated(x: torch.Tensor, basis: torch.Tensor, axis: int) -> torch.Tensor:
