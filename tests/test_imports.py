@@ -18,7 +18,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "edgetune"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
-    "errors", "units", "shapes", "record", "kernels", "overlap", "recognise", "graph", "blocks", "contract",
+    "errors", "units", "shapes", "record", "kernels", "codecs", "overlap", "recognise", "graph", "blocks", "contract",
     "hosts", "methods", "quantize", "route", "apply", "allocator", "scratch", "outcome", "meter", "update", "profile",
     "stopwatch", "draft", "alone", "calibrate", "knapsack", "prospect", "plan", "reasons", "front", "sparse", "models",
     "data", "cache", "frozen", "costs", "run", "loop", "job", "train", "report", "bench", "doctor", "cli", "__main__",

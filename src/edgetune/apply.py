@@ -11,12 +11,13 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
 from edgetune.blocks import as_block
-from edgetune.contract import LayerMethod, Method, Plan, Segment, SegmentMethod, one_call, qualified
+from edgetune.contract import KeptMethod, LayerMethod, Method, Plan, Segment, one_call, qualified
 from edgetune.errors import PlanError, Refusal
 from edgetune.graph import Call, Graph, carries_hooks, rerouted, trace
 from edgetune.hosts.conv import ConvRule
@@ -62,8 +63,9 @@ def apply(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
         if undo:
             graph = trace(model, _zeros(model, graph.input_shape))
         _check_learned(model, plan)
-        graph = _without_hooked(model, graph)
-        graph = _prepare(model, graph, plan, undo)
+        hooked = _hooked(model)
+        graph = _without(graph, {call.node for call in graph.calls if call.name in hooked})
+        graph = _remember(model, _prepare(model, graph, plan, undo), plan, undo)
         _check_use(graph, plan)
         _choose_what_learns(model, plan, undo)
         _freeze_statistics(model, undo)
@@ -155,14 +157,16 @@ def trace_rewritten(model: nn.Module, plan: Plan, sample: torch.Tensor) -> Graph
 
 
 def claim(graph: Graph, plan: Plan) -> list[Segment]:
-    """Which segments the plan makes of the graph: method by method, then exact hosts along the gradient's path."""
+    """Which segments the plan makes of the graph: method by method, those that say how things are held behind the
+    others, then exact hosts along the gradient's path."""
     segments: list[Segment] = []
     taken: set[str] = set()
     kinds = {type(m) for stack in plan.layers.values() for m in stack}
-    for kind in sorted(kinds, key=lambda kind: kind.method):
-        if not (issubclass(kind, SegmentMethod) or hasattr(kind, "claim")):
+    for kind in sorted(kinds, key=lambda kind: (issubclass(kind, KeptMethod), kind.method)):
+        if not hasattr(kind, "claim"):
             continue
-        for segment in kind.claim(graph, plan):
+        left = _without(graph, taken) if issubclass(kind, KeptMethod) else graph
+        for segment in kind.claim(left, plan):
             if not taken & {call.node for call in segment.calls}:
                 segments.append(segment)
                 taken |= {call.node for call in segment.calls}
@@ -176,6 +180,12 @@ def claim(graph: Graph, plan: Plan) -> list[Segment]:
         elif (rule := exact_rule(call)) is not None:
             segments.append(one_call(rule, call))
     return segments
+
+
+def _without(graph: Graph, taken: set[str]) -> Graph:
+    """The graph in which some calls are no layers that a method could take."""
+    return graph.model_copy(update={"calls": tuple(
+        call.model_copy(update={"kind": "other"}) if call.node in taken else call for call in graph.calls)})
 
 
 def _on_gradient_path(graph: Graph, plan: Plan) -> list[Call]:
@@ -258,12 +268,6 @@ def _hooked(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if name and carries_hooks(module)}
 
 
-def _without_hooked(model: nn.Module, graph: Graph) -> Graph:
-    hooked = _hooked(model)
-    return graph.model_copy(update={"calls": tuple(
-        call.model_copy(update={"kind": "other"}) if call.name in hooked else call for call in graph.calls)})
-
-
 def _prepare(model: nn.Module, graph: Graph, plan: Plan, undo: Undo) -> Graph:
     """Let methods add the parameters that learn in place of a layer's own; gives the graph that knows of them."""
     added: dict[str, dict[str, str]] = {}
@@ -275,6 +279,22 @@ def _prepare(model: nn.Module, graph: Graph, plan: Plan, undo: Undo) -> Graph:
     return graph.model_copy(update={"calls": tuple(
         call.model_copy(update={"params": {**call.params, **added[call.name]}}) if call.name in added else call
         for call in graph.calls)})
+
+
+def _remember(model: nn.Module, graph: Graph, plan: Plan, undo: Undo) -> Graph:
+    """Give layers the buffers in which methods remember what they need of them; gives the graph that knows of these."""
+    added: dict[str, dict[str, str]] = {}
+    for call in graph.layers():
+        if call.name in added:
+            continue
+        for method in plan.layers.get(call.name, ()):
+            module = model.get_submodule(call.name)
+            for role, tensor in method.state_of(call).items():
+                module.register_buffer(role, tensor.to(next(module.parameters()).device), persistent=False)
+                undo.add(partial(module.__delattr__, role))
+                added.setdefault(call.name, {})[role] = qualified(call.name, role)
+    return graph.model_copy(update={"calls": tuple(
+        call.model_copy(update={"state": added[call.name]}) if call.name in added else call for call in graph.calls)})
 
 
 def _choose_what_learns(model: nn.Module, plan: Plan, undo: Undo) -> None:

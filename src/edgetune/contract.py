@@ -6,6 +6,8 @@ A method is a frozen settings record with a name. It comes in one of two shapes:
                     grad_input(g, weight, geometry) -> gx;  grad_weight(kept, g, geometry) -> gw
     SegmentMethod   claim(graph, plan) -> segments, each with a Rule: forward -> outputs, kept; backward -> gradients
 
+A KeptMethod stands beside either: it says how what is kept is held, as `codec(state)` does.
+
 Subclasses register themselves by name; `edgetune.methods` imports every file of its folders.
 """
 
@@ -21,12 +23,15 @@ import torch
 from pydantic import SerializeAsAny, ValidationError, field_serializer, field_validator
 from torch import nn
 
+from edgetune.codecs import Codec
 from edgetune.errors import PlanError
 from edgetune.graph import Call, Graph
 from edgetune.overlap import ConvGeometry
 from edgetune.record import Frozen, Record
 
 Tensors = Mapping[str, torch.Tensor]
+Kept = torch.Tensor | Tensors
+"""What stays of a layer's input: one tensor, or some by name."""
 REGISTRY: dict[str, type[Method]] = {}
 HEADINGS = ("What it does", "Shapes", "What is kept (bytes)", "What changes in the gradient or the answer",
             "When not to use", "Reference")
@@ -36,7 +41,7 @@ class Method(Frozen):
     """Settings of one method on one layer; units stand in the field names."""
 
     method: ClassVar[str] = ""
-    family: ClassVar[Literal["backward", "arithmetic", "structure"]] = "backward"
+    family: ClassVar[Literal["backward", "kept", "arithmetic", "structure"]] = "backward"
     forward_is: ClassVar[Literal["identical", "bounded", "changed"]] = "identical"
     learns_as: ClassVar[Mapping[str, str]] = {}
     """Role -> the role that learns in its place: a parameter that `prepare` gives to the layer."""
@@ -82,6 +87,13 @@ class Method(Frozen):
         """The same method, its part where `worth` (o i u v), such as a weight or its gradient, has most energy."""
         return self
 
+    def state_of(self, call: Call) -> dict[str, torch.Tensor]:
+        """What the method remembers of a layer from step to step, as it is at first: role -> tensor.
+
+        The layer holds it in buffers that its state_dict leaves out, so copies of the model have their own.
+        """
+        return {}
+
     def rewrite(self, module: nn.Module, block: Call) -> Callable[[], None]:
         """Change the layers of a block, before the network is traced for its plan; returns the way back.
 
@@ -105,6 +117,10 @@ class LayerMethod(Method):
         """What stays of the input x (n c h w) until backward."""
         return x
 
+    def keep(self, x: torch.Tensor, geometry: ConvGeometry, state: Tensors) -> Kept:
+        """The same for methods with a state (see `state_of`), which it may change in place."""
+        return self.save(x, geometry)
+
     def receive(self, gy: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         """What both gradients need of gy (n o h w), computed once."""
         return gy
@@ -113,11 +129,11 @@ class LayerMethod(Method):
         """The gradient of the input, gx (n c h w), from what `receive` gave."""
         raise TypeError(f"method '{self.method}' declares no grad_input")
 
-    def grad_weight(self, kept: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
-        """The gradient of the weight, gw (o i u v), from what `save` and `receive` gave."""
+    def grad_weight(self, kept: Any, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+        """The gradient of the weight, gw (o i u v), from what `save` or `keep`, and `receive` gave."""
         raise TypeError(f"method '{self.method}' declares no grad_weight")
 
-    def gradients(self, kept: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+    def gradients(self, kept: Any, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
                   wants_input: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """gx if wanted and, where something was kept, gw: for methods whose two gradients share work."""
         return (self.grad_input(g, weight, geometry) if wants_input else None,
@@ -150,7 +166,8 @@ class Rule(Protocol):
 class Segment:
     """A run of calls that goes forward and backward as one.
 
-    `inputs` and `outputs` are node names, `params` the qualified names of the tensors it reads; it holds no modules.
+    `inputs` and `outputs` are node names, `params` the qualified names of the tensors it reads, `state` of those that
+    it changes as well (see `Method.state_of`); it holds no modules. A rule finds both under `params`.
     """
 
     rule: Rule = field(repr=False)
@@ -158,6 +175,7 @@ class Segment:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     params: tuple[str, ...]
+    state: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -169,7 +187,7 @@ class Segment:
 def one_call(rule: Rule, call: Call) -> Segment:
     """A segment of a single call; one inside a submodule that could not be followed reads one unnamed value."""
     return Segment(rule=rule, calls=(call,), inputs=call.inputs or ("x",), outputs=(call.node,),
-                   params=tuple(call.params.values()))
+                   params=tuple(call.params.values()), state=tuple(call.state.values()))
 
 
 class SegmentMethod(Method):
@@ -179,6 +197,28 @@ class SegmentMethod(Method):
     def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
         """The segments that this method takes of the layers which the plan gives to it."""
         raise TypeError(f"method '{cls.method}' declares no claim")
+
+
+class KeptMethod(Method):
+    """A method that leaves gradients to others, and says how what a layer keeps is held until backward."""
+
+    family = "kept"
+
+    @classmethod
+    def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
+        """The segments that it takes of the layers which the plan gives to it, in what other methods have left."""
+        raise TypeError(f"method '{cls.method}' declares no claim")
+
+
+class CodedMethod(KeptMethod):
+    """What a layer keeps is written by a codec, once for all that read it."""
+
+    def codec(self, x: torch.Tensor, state: Tensors) -> Codec:
+        """How the values x (n ...) are written; `state` is the layer's (see `state_of`), by role."""
+        raise TypeError(f"method '{self.method}' declares no codec")
+
+    def learn(self, x: torch.Tensor, gy: torch.Tensor, gw: torch.Tensor, state: Tensors) -> None:
+        """Look at what a convolution made of the values x (n c h w) that it read: gy (n o h w), gw (o i u v)."""
 
 
 class Plan(Record):

@@ -28,7 +28,8 @@ class Call(Record):
 
     `kind` is conv, linear, norm, activation, max_pool, mean, add, scale, subsample (every n-th pixel), pad (zero
     channels), dropout, flatten, input, output, opaque or other; `function` names the torch function; `params` maps a
-    role (weight, bias, running_mean ...) to a qualified name. `scope` is the submodule whose forward makes the call.
+    role (weight, bias, running_mean ...) to a qualified name, `state` a role of what a method remembers there. `scope`
+    is the submodule whose forward makes the call.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Call(Record):
     out_shape: Shape = ()
     params: dict[str, str] = {}
     param_shapes: dict[str, Shape] = {}
+    state: dict[str, str] = {}
     geometry: ConvGeometry | None = None
     attributes: dict[str, float | int | bool | str | None] = {}
     in_place: bool = False

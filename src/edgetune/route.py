@@ -103,7 +103,7 @@ def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], segment: Segment, run: 
     with graph.inserting_after(last):
         call = graph.create_node("call_function", run, name=run.__name__)
     with graph.inserting_before(call):
-        params = tuple(graph.create_node("get_attr", name) for name in segment.params)
+        params = tuple(graph.create_node("get_attr", name) for name in (*segment.params, *segment.state))
     call.args = (*(nodes[name] for name in segment.inputs), *params)
     for index, name in enumerate(segment.outputs):
         value = call
@@ -141,7 +141,7 @@ def route_module(model: nn.Module, segment: Segment) -> Callable[[], None]:
     if "forward" in module.__dict__ or (not call.params and call.kind != "activation"):
         return lambda: None
     run = runner(segment, "segment")
-    names = [name.rpartition(".")[2] for name in segment.params]
+    names = [name.rpartition(".")[2] for name in (*segment.params, *segment.state)]
 
     def forward(self: nn.Module, x: torch.Tensor) -> Any:
         if not torch.is_grad_enabled():

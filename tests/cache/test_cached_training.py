@@ -17,7 +17,7 @@ from torch import nn
 from edgetune import loop
 from edgetune.apply import apply
 from edgetune.cache import Cache, Features, Sight, open_features
-from edgetune.cache.codecs import CODECS
+from edgetune.codecs import PLAIN
 from edgetune.contract import Method
 from edgetune.costs import Costs, costs_of
 from edgetune.data import Augment, Dataset, Preprocess, load_data
@@ -218,11 +218,11 @@ class TestViews:
 
 
 class TestWhatIsTrainedOn:
-    @pytest.mark.parametrize("codec", [name for name, codec in CODECS.items() if not codec.exact])
+    @pytest.mark.parametrize("codec", [name for name, codec in PLAIN.items() if not codec.exact])
     def test_never_depends_on_what_is_kept(self, start: Start, tmp_path: Path, codec: str) -> None:
         """A codec's errors are there from the first epoch on, kept or not; so stopping changes nothing."""
         start(tmp_path / "all", Cache(codec=codec))
-        some = 2 * 20 * CODECS[codec].size((6, 16, 16))  # half of it goes to the pictures to validate
+        some = 2 * 20 * PLAIN[codec].size((1, 6, 16, 16))  # half of it goes to the pictures to validate
         for name, size, words in (("some", some, "room for 20 of 38"), ("none", 1, "room for 0 of 38")):
             watch = Watch()
             start(tmp_path / name, Cache(codec=codec, size_bytes=size), progress=watch)
@@ -237,7 +237,7 @@ class TestWhatIsTrainedOn:
         model = network()
         plan = last_layers(trace(model, torch.zeros(SAMPLE)), 2, Exact())
         apply(model, plan)
-        cache = Cache(codec="int8", size_bytes=room * CODECS["int8"].size((6, 16, 16)))
+        cache = Cache(codec="int8", size_bytes=room * PLAIN["int8"].size((1, 6, 16, 16)))
         sight, watch, ran = Sight(0, None, BATCH, BATCH), Watch(), list[int]()
         features = open_features(model.train(), digits, cache, sight, tmp_path, watch.tell)
         prefix = features.cut.prefix
@@ -260,10 +260,10 @@ class TestWhatIsTrainedOn:
 
     def test_lossy_codecs_change_little(self, start: Start, tmp_path: Path) -> None:
         losses = {}
-        for codec in CODECS:
+        for codec in PLAIN:
             run = start(tmp_path / codec, Cache(codec=codec))
             losses[codec] = run.epochs[-1].train_loss
-        assert len(set(losses.values())) == len(CODECS)
+        assert len(set(losses.values())) == len(PLAIN)
         assert losses["float16"] == pytest.approx(losses["float32"], rel=1e-4)
         assert losses["int8"] == pytest.approx(losses["float32"], rel=1e-3)
 

@@ -18,10 +18,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from edgetune.cache.codecs import CODECS, Codec
 from edgetune.cache.cut import Cut, find_cut
 from edgetune.cache.settings import Cache, CacheUse
 from edgetune.cache.store import DiskStore, MemoryStore, Store, room_on_disk
+from edgetune.codecs import PLAIN, Codec
 from edgetune.data import Augment, Dataset, Pictures, chunks, permutation, seen
 from edgetune.errors import RunError
 from edgetune.units import format_bytes
@@ -65,7 +65,7 @@ class Features:
     ahead: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.sizes = [self.codec.size(value.shape) for value in self.cut.values]
+        self.sizes = [self.codec.size((1, *value.shape)) for value in self.cut.values]
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Forward, torch.Tensor, torch.Tensor]]:
         """The batches of an epoch from batch number `start` on: a function from pictures' numbers to the network's
@@ -148,13 +148,13 @@ class Features:
             if reason is not None:
                 names = ", ".join(f"'{self.pictures.names[i]}'" for i in numbers[:3])
                 raise RunError(f"a picture among {names} {reason}: keep features with codec float32")
-            parts.append(self.codec.encode(kept))
+            parts.append(torch.stack([self.codec.encode(sample) for sample in kept.split(1)]))
         return torch.cat(parts, 1).cpu()
 
     def _decoded(self, packed: torch.Tensor) -> list[torch.Tensor]:
         parts = packed.to(_device(self.model)).split(self.sizes, 1)
         return [
-            self.codec.decode(part, value.shape).to(
+            torch.cat([self.codec.decode(sample, (1, *value.shape)) for sample in part]).to(
                 dtype=value.dtype,
                 memory_format=torch.channels_last if value.channels_last else torch.preserve_format,
             )
@@ -184,10 +184,10 @@ def open_features(
     should know of the pictures to train. Raises Refusal where nothing frozen lies in front of what learns.
     """
     training = part == "train"
-    cut, codec = find_cut(model, data.preprocess.shape), CODECS[cache.codec if training else "float32"]
+    cut, codec = find_cut(model, data.preprocess.shape), PLAIN[cache.codec if training else "float32"]
     pictures = data.train if training else data.val
     views = cache.views if sight.augment is not None else 1
-    size = sum(codec.size(value.shape) for value in cut.values)
+    size = sum(codec.size((1, *value.shape)) for value in cut.values)
     key = identity(model, cut, data, codec, sight, part)
     path = Path(cache.folder or folder) / f"{part}-{key[:16]}.cache"
     room = min(cache.size_bytes, room_on_disk(path)) if cache.keep == "disk" else cache.size_bytes

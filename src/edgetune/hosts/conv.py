@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from edgetune.contract import LayerMethod, Needs, Segment, Tensors
+from edgetune.contract import Kept, LayerMethod, Needs, Segment, Tensors
 from edgetune.graph import Call
 from edgetune.overlap import ConvGeometry
 
@@ -60,6 +60,26 @@ def geometry_at(call: Call, x: torch.Tensor) -> ConvGeometry:
     return call.geometry.at(int(x.shape[2]), int(x.shape[3]))
 
 
+def state_of(call: Call, params: Tensors) -> dict[str, torch.Tensor]:
+    """What a layer's methods remember of it, by role."""
+    return {role: params[name] for role, name in call.state.items()}
+
+
+_PART = "x:"
+
+
+def _named(kept: Kept) -> dict[str, torch.Tensor]:
+    """What a method keeps of x, under names of its own."""
+    return {"x": kept} if isinstance(kept, torch.Tensor) else {_PART + name: part for name, part in kept.items()}
+
+
+def _given(kept: Tensors) -> Kept:
+    """The inverse of `_named`."""
+    if "x" in kept:
+        return kept["x"]
+    return {name.removeprefix(_PART): part for name, part in kept.items() if name.startswith(_PART)}
+
+
 @dataclass(frozen=True)
 class ConvRule:
     """Forward as the layer's own; backward by the method. The bias gradient is exact."""
@@ -79,7 +99,7 @@ class ConvRule:
         # under autocast the layer sees x in y's precision, and that is what is worth keeping
         kept = {"size": x.new_empty((*x.shape[2:], 0))}
         if self.learner(call) in needs.params:
-            kept["x"] = self.method.save(x.to(y.dtype), geometry)
+            kept |= _named(self.method.keep(x.to(y.dtype), geometry, state_of(call, params)))
         return (y,), kept
 
     def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
@@ -97,7 +117,7 @@ class ConvRule:
         if not needs.inputs[0] and name not in needs.params:
             return (None,), grads
         g = self.method.receive(gy, geometry)
-        gx, gw = self.method.gradients(kept["x"] if name in needs.params else None, g, weight, geometry,
+        gx, gw = self.method.gradients(_given(kept) if name in needs.params else None, g, weight, geometry,
                                        needs.inputs[0])
         if gw is not None:
             grads[name] = gw.to(weight.dtype)

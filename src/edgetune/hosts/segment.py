@@ -17,15 +17,17 @@ from edgetune.hosts.cursor import working_on
 
 
 class SegmentFunction(torch.autograd.Function):
-    """apply(segment, *inputs, *params) -> outputs, with the gradients of the segment's rule."""
+    """apply(segment, *inputs, *params, *state) -> outputs, with the gradients of the segment's rule."""
 
     @staticmethod
     def forward(ctx: Any, segment: Segment, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        xs, params = tensors[:len(segment.inputs)], dict(zip(segment.params, tensors[len(segment.inputs):],
-                                                             strict=True))
+        first, behind = len(segment.inputs), len(segment.inputs) + len(segment.params)
+        xs, params = tensors[:first], dict(zip(segment.params, tensors[first:behind], strict=True))
+        # changed by later steps, so autograd must not watch over it; it is no part of what is kept for backward
+        ctx.state = dict(zip(segment.state, tensors[behind:], strict=True))
         needs = _needs(segment, ctx.needs_input_grad[1:])
         working_on(segment.calls[0])
-        ys, kept = segment.rule.forward(segment, xs, params, needs)
+        ys, kept = segment.rule.forward(segment, xs, {**params, **ctx.state}, needs)
         ctx.segment, ctx.kept_names = segment, tuple(kept)
         # a view of an input handed out as an output would confuse autograd's bookkeeping
         ys = tuple(y.view_as(y) if any(y is x for x in xs) else y for y in ys)
@@ -45,17 +47,17 @@ class SegmentFunction(torch.autograd.Function):
         kept = dict(zip(ctx.kept_names, saved[len(segment.params):], strict=True))
         needs = _needs(segment, ctx.needs_input_grad[1:])
         working_on(segment.calls[-1])
-        gxs, grads = segment.rule.backward(segment, kept, gys, params, needs)
-        return (None, *gxs, *(grads.get(name) for name in segment.params))
+        gxs, grads = segment.rule.backward(segment, kept, gys, {**params, **ctx.state}, needs)
+        return (None, *gxs, *(grads.get(name) for name in segment.params), *(None for _ in segment.state))
 
 
 def _needs(segment: Segment, flags: tuple[bool, ...]) -> Needs:
     split = len(segment.inputs)
-    return Needs(flags[:split], frozenset(n for n, flag in zip(segment.params, flags[split:], strict=True) if flag))
+    return Needs(flags[:split], frozenset(n for n, flag in zip(segment.params, flags[split:], strict=False) if flag))
 
 
 def runner(segment: Segment, label: str) -> Callable[..., Any]:
-    """A plain function (inputs and params -> output or tuple of outputs) for generated code to call."""
+    """A plain function (inputs, params and state -> output or tuple of outputs) for generated code to call."""
 
     def run(*tensors: torch.Tensor) -> Any:
         return _opaque(segment, *tensors)
