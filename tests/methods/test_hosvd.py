@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 import edgetune as et
 from edgetune.hosts.conv import weight_gradient
-from edgetune.hosts.tucker import AXES, Tucker
+from edgetune.hosts.tucker import AXES, Tucker, tucker_size
 from edgetune.methods.backward.hosvd import HOSVD, ranks_within
-from edgetune.hosts.tucker import tucker_size
 from edgetune.overlap import ConvGeometry
 from edgetune.plan import last_layers
 from geometries import geometries, operands
@@ -28,8 +27,9 @@ def smooth(n: int, c: int, h: int, w: int, dtype: torch.dtype = torch.float32) -
     """Maps that a few patterns make up, with a little noise."""
     generator = torch.Generator().manual_seed(1)
     patterns = torch.nn.functional.interpolate(torch.randn(4, 1, 3, 3, generator=generator), (h, w), mode="bilinear")
-    mixture = torch.randn(n, c, 4, generator=generator) * torch.tensor([4.0, 2.0, 1.0, 0.5])
-    x = torch.einsum("nck,khw->nchw", mixture, patterns[:, 0]) + 0.05 * torch.randn(n, c, h, w, generator=generator)
+    channels, samples = torch.randn(c, 4, generator=generator), torch.randn(64, 4, generator=generator)[:n]
+    x = torch.einsum("nk,ck,khw->nchw", samples * torch.tensor([4.0, 2.0, 1.0, 0.2]), channels, patterns[:, 0])
+    x = x + 0.05 * torch.randn(n, c, h, w, generator=generator)
     return x.to(dtype)
 
 
@@ -79,7 +79,7 @@ def test_a_bound_is_held_where_data_do_not_compress() -> None:
     for most in (0.02, 0.1, 0.3):
         numbers = kept_by(HOSVD(energy=0.999, most=most), x, geometry).numel
         assert 0.5 * most * x.numel() < numbers <= most * x.numel()
-    assert tucker_size(x.shape, ranks_within(x.shape, x.shape, 27)) <= 27  # one column an axis
+    assert tucker_size(x.shape, ranks_within(x.shape, x.shape, 35)) == 35  # one column an axis
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

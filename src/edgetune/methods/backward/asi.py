@@ -1,4 +1,4 @@
-"""ASI: the input of a convolution kept as Tucker factors of fixed ranks, followed by one subspace iteration a step.
+"""ASI: convolution inputs kept as factors of fixed ranks, which follow them from step to step.
 
 What it does
     Every axis of a learning convolution's input has a basis of fixed rank. A step improves the basis of the step before
@@ -28,10 +28,10 @@ When not to use
     most of the gradient is lost: compare with gradient_filter and sparse_update at the same bytes.
 
 Reference
-    Nguyen, Quelennec, Tartaglione and Nguyen, "Beyond Low-rank Decomposition: A Shortcut Approach for Efficient On-Device
-    Learning", ICML 2025. There every axis is iterated on the whole input; here on what the axes before it left, which
-    costs less, and a little of the old basis is added before QR, so that directions which x lacks stay as they were.
-    The released code needs batches of one size; here a short last batch is taken.
+    Nguyen, Quelennec, Tartaglione and Nguyen, "Beyond Low-rank Decomposition: A Shortcut Approach for Efficient
+    On-Device Learning", ICML 2025. There every axis is iterated on the whole input; here on what the axes before it
+    left, which costs less, and a little of the old basis is added before QR, so that directions which x lacks stay as
+    they were. The released code needs batches of one size; here a short last batch is taken.
 """
 
 from __future__ import annotations

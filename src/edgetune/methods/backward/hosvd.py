@@ -1,4 +1,4 @@
-"""HOSVD: the input of a convolution kept as the smallest Tucker factors that hold a given share of its energy.
+"""HOSVD: convolution inputs kept as the smallest factors that hold a share of their energy.
 
 What it does
     Every step decomposes the input of each learning convolution along its four axes, keeps of each axis the leading

@@ -1,4 +1,4 @@
-"""LANCE: the input of a convolution projected on bases that are found once and stay; only the core is kept.
+"""LANCE: convolution inputs projected on bases that are found once; only the cores are kept.
 
 What it does
     The first `batches` batches of training are decomposed along channels, rows and columns. From then on the bases
@@ -16,7 +16,8 @@ What is kept (bytes)
 
 What changes in the gradient or the answer
     gx is exact; gw is that of x projected on the bases. With full ranks gw is exact. On a map of another size than the
-    traced one, rows and columns stay whole. A batch that is zero or not finite tells nothing of bases and does not count.
+    traced one, rows and columns stay whole. A batch that is zero or not finite tells nothing of bases, and does not
+    count.
 
 When not to use
     Where data drift or the network changes much while it learns, as the bases stay: `asi` follows them. With few
