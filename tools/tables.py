@@ -161,6 +161,7 @@ def codec(where: Callable[[Row], bool]) -> Table:
             "encode": number("encode_gb_s", 2, " GB/s"),
             "decode": number("decode_gb_s", 2, " GB/s"),
             "largest error, in bounds": number("error", 4, ""),
+            "in deviations": number("deviations", 4, ""),
             "zeros kept": percent("zeros_kept"),
         },
     )
@@ -188,7 +189,8 @@ TABLES = {
         },
     ),
     "codec": codec(lambda row: row["bound"] == 0.01),
-    "codec-bounds": codec(lambda row: row["bound"] != 0.01 and row["threads"] == 2),
+    "codec-bounds": codec(lambda row: row["bound"] not in (0.01, None) and row["threads"] == 2),
+    "codec-groups": codec(lambda row: row["bound"] is None and row["threads"] == 2),
     "transfer": Table(
         suite="transfer",
         key=("case", "method", "patch_px", "taps"),

@@ -20,7 +20,7 @@ from edgetune.blocks import as_block
 from edgetune.contract import KeptMethod, LayerMethod, Method, Plan, Segment, one_call, qualified
 from edgetune.errors import PlanError, Refusal
 from edgetune.graph import Call, Graph, carries_hooks, rerouted, trace
-from edgetune.hosts.conv import ConvRule
+from edgetune.hosts.conv import conv_rule
 from edgetune.hosts.pointwise import exact_rule
 from edgetune.methods.backward.exact import Exact
 from edgetune.route import route, route_module
@@ -165,7 +165,10 @@ def claim(graph: Graph, plan: Plan) -> list[Segment]:
     for kind in sorted(kinds, key=lambda kind: (issubclass(kind, KeptMethod), kind.method)):
         if not hasattr(kind, "claim"):
             continue
-        left = _without(graph, taken) if issubclass(kind, KeptMethod) else graph
+        left = graph
+        if issubclass(kind, KeptMethod):
+            _check_held(graph, plan, kind, taken)
+            left = _without(graph, taken)
         for segment in kind.claim(left, plan):
             if not taken & {call.node for call in segment.calls}:
                 segments.append(segment)
@@ -176,10 +179,18 @@ def claim(graph: Graph, plan: Plan) -> list[Segment]:
         if call.kind == "conv":
             method = plan.settings(call.name, LayerMethod) or Exact()
             assert isinstance(method, LayerMethod)
-            segments.append(one_call(ConvRule(method), call))
+            segments.append(one_call(conv_rule(method, call), call))
         elif (rule := exact_rule(call)) is not None:
             segments.append(one_call(rule, call))
     return segments
+
+
+def _check_held(graph: Graph, plan: Plan, kind: type[KeptMethod], taken: set[str]) -> None:
+    """Refuse to hold what the runs of other methods keep in their own way."""
+    for call in graph.layers():
+        if call.node in taken and plan.settings(call.name, kind) is not None:
+            raise Refusal(call.name, f"is given {kind.method}, but another method keeps its values in a way of its own",
+                          f"take {kind.method} out of the plan there, or give the layer a method of a single layer")
 
 
 def _without(graph: Graph, taken: set[str]) -> Graph:

@@ -121,6 +121,10 @@ class LayerMethod(Method):
         """The same for methods with a state (see `state_of`), which it may change in place."""
         return self.save(x, geometry)
 
+    def rule(self, call: Call) -> Rule | None:
+        """What goes forward and backward in this convolution, where that is more than the host makes of the method."""
+        return None
+
     def receive(self, gy: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         """What both gradients need of gy (n o h w), computed once."""
         return gy
@@ -184,9 +188,13 @@ class Segment:
         return first if first == last else f"{first} ... {last}"
 
 
+UNNAMED = "x"
+"""The one value that a call reads inside a submodule that could not be followed."""
+
+
 def one_call(rule: Rule, call: Call) -> Segment:
-    """A segment of a single call; one inside a submodule that could not be followed reads one unnamed value."""
-    return Segment(rule=rule, calls=(call,), inputs=call.inputs or ("x",), outputs=(call.node,),
+    """A segment of a single call."""
+    return Segment(rule=rule, calls=(call,), inputs=call.inputs or (UNNAMED,), outputs=(call.node,),
                    params=tuple(call.params.values()), state=tuple(call.state.values()))
 
 
@@ -213,8 +221,9 @@ class KeptMethod(Method):
 class CodedMethod(KeptMethod):
     """What a layer keeps is written by a codec, once for all that read it."""
 
-    def codec(self, x: torch.Tensor, state: Tensors) -> Codec:
-        """How the values x (n ...) are written; `state` is the layer's (see `state_of`), by role."""
+    def codec(self, x: torch.Tensor | None, state: Tensors) -> Codec:
+        """How the values x (n ...) are written, or with None how bytes are read. `state` is that of the layer which
+        reads the values (see `state_of`), by role; empty where none does."""
         raise TypeError(f"method '{self.method}' declares no codec")
 
     def learn(self, x: torch.Tensor, gy: torch.Tensor, gw: torch.Tensor, state: Tensors) -> None:

@@ -30,10 +30,12 @@ def test_rows(peers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"bounded"} | ({peer.name for peer in codec_peers.available()[0]} if peers else set())
     cells = {(row["case"], row["bound"], row["threads"], row["codec"]) for row in found["rows"]}
     assert cells == {(f"resnet18@224 {kind}", bound, threads, name) for kind in ("ReLU", "convolution")
-                     for bound in (0.01, 0.1) for threads in (1, 2) for name in names}  # fmt: skip
+                     for threads in (1, 2) for bound, name in [*((b, n) for b in (0.01, 0.1) for n in names),
+                                                               *((None, f"{b} bits in groups") for b in (8, 4, 2))]}
     for row in found["rows"]:
         assert 0 < row["error"] <= 1 and row["ratio"] > 1 and row["encode_gb_s"] > 0 and row["decode_gb_s"] > 0
         assert (row["zeros_kept"] is None) == ("convolution" in row["case"])
+        assert ("entropy_ratio" in row) == (row["bound"] is not None) and 0 < row["deviations"] < 3
         if row["codec"] == "bounded":
             assert row["zeros_kept"] in (None, 1.0) and row["zeros_made"] == 0 and row["error"] > 0.9
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coded import holds, there_and_back
 from edgetune.codecs import PLAIN
 from edgetune.codecs.plain import Plain
 from edgetune.errors import EdgetuneError
@@ -17,21 +18,6 @@ from edgetune.errors import EdgetuneError
 SHAPES = [(), (1,), (7,), (3, 1, 1), (3, 5), (2, 4, 4), (5, 3, 7), (1, 16, 1), (2, 15), (3, 2, 3, 4)]
 EVERY = pytest.mark.parametrize("codec", PLAIN.values(), ids=PLAIN.keys())
 LOSSY = pytest.mark.parametrize("codec", [c for c in PLAIN.values() if not c.exact], ids=lambda codec: codec.name)
-
-
-def there_and_back(codec: Plain, x: torch.Tensor) -> torch.Tensor:
-    packed = codec.encode(x)
-    assert (packed.dtype, tuple(packed.shape)) == (torch.uint8, (codec.size(x.shape),))
-    return codec.decode(packed, x.shape)
-
-
-def holds(codec: Plain, x: torch.Tensor) -> None:
-    """The error of every element, in float64, against the bound."""
-    back = there_and_back(codec, x)
-    assert (back.dtype, back.shape) == (torch.float32, x.shape)
-    error, bound = (back.double() - x.double()).abs(), codec.bound(x).double()
-    assert bound.shape == x.shape
-    assert bool((error <= bound).all()), (float((error - bound).max()), x)
 
 
 @EVERY

@@ -125,6 +125,19 @@ def grid_products(chosen: random.Random) -> tuple[Any, ...]:
     return grid(groups * o), *factors, x, w, groups, wants_input, chosen.random() < 0.7
 
 
+def group_pack(chosen: random.Random) -> tuple[Any, ...]:
+    x = _map(chosen) * chosen.choice([1, 1, 1, 0.01, 1e30, 1e-39])
+    x = x.flatten()[5:] if chosen.random() < 0.3 else x
+    return (x + chosen.choice([0, 0, 100]), chosen.choice([8, 4, 2]), chosen.choice([32, 96, 256, 256]),
+            chosen.choice([0, 1, 2**63 - 1, -chosen.randrange(2**63)]), chosen.random() < 0.8)
+
+
+def group_unpack(chosen: random.Random) -> tuple[Any, ...]:
+    x, bits, group, *rest = group_pack(chosen)
+    packed = fallback.group_pack(x.nan_to_num(0, 1, -1), bits, group, *rest)  # opcheck compares by ==
+    return torch.stack([packed, packed])[0] if chosen.random() < 0.5 else packed, bits, group, x.numel()
+
+
 def _geometry(x: Tensor, chosen: random.Random) -> tuple[int, ...]:
     while True:
         kernel = chosen.choice([(2, 2), (3, 3), (3, 3), (1, 3), (5, 4), (7, 2)])
@@ -172,7 +185,7 @@ def bounded_decode(chosen: random.Random) -> tuple[Any, ...]:
 
 MAKERS: dict[str, Callable[[random.Random], tuple[Any, ...]]] = {
     make.__name__: make for make in (patch_mean, patch_spread, mask_pack, mask_apply, mask_count, bits_count,
-                                     masked_patch_mean, grid_products, max_pool,
+                                     masked_patch_mean, grid_products, group_pack, group_unpack, max_pool,
                                      max_pool_backward, bounded_sizes, bounded_encode, bounded_decode)}
 
 

@@ -13,10 +13,12 @@ typedef int64_t I;
     void et_patch_spread_##t(const type *, type *, I, I, I, I, I, I, int, int, int); \
     void et_mask_pack_##t(const type *, uint8_t *, float, float, I, int); \
     void et_mask_apply_##t(const type *, const uint8_t *, type *, I, int); \
+    void et_group_pack_##t(const type *, uint8_t *, I, int, I, I, int, int); \
     void et_max_pool_##t(const type *, type *, uint8_t *, const I *, int, int);
 DECLARE(float, f32)
 DECLARE(uint16_t, bf16)
 void et_max_pool_backward_f32(const float *, uint8_t *, float *, const I *, int, int);
+void et_group_unpack_f32(const uint8_t *, float *, I, int, I, int);
 void et_bounded_sizes_f32(const float *, int32_t *, I, float, float, int);
 void et_bounded_encode_f32(const float *, uint8_t *, const I *, I *, I, float, float, int);
 void et_bounded_decode_f32(const uint8_t *, I, float *, I *, I *, I, float, int);
@@ -67,6 +69,27 @@ static void check_##t(const type *x, const uint8_t *bits, I n, I c, I h, I w, I 
 }
 CHECK(float, f32)
 CHECK(uint16_t, bf16)
+
+/* Whole groups, a short last one, and one that can't be written. */
+static void check_groups(const float *x, const uint16_t *half) {
+    static const I counts[] = {0, 1, 7, 8, 31, 33, 256, 300, 5000};
+    uint8_t *packed = room();
+    float *out = room();
+    for (int k = 0; k < 9; k++)
+        for (int bits = 2; bits <= 8; bits *= 2)
+            for (int stochastic = 0; stochastic < 2; stochastic++) {
+                I count = counts[k], group = k % 2 ? 256 : 96, tile = 64 / bits;
+                size_t bytes = 6 * ((count + group - 1) / group) + 8 * ((count + tile - 1) / tile);
+                et_group_pack_bf16(half, packed, count, bits, group, 77, stochastic, 2);
+                show("group_pack bf16", packed, bytes);
+                et_group_pack_f32(x, packed, count, bits, group, -5, stochastic, 2);
+                show("group_pack", packed, bytes);
+                et_group_unpack_f32(packed, out, count, bits, group, 2);
+                plain_nans(out, count);
+                show("group_unpack", out, count * sizeof *out);
+            }
+    free(packed); free(out);
+}
 
 /* groups, o, i, samples, cells, taps, whether the weight lies channels last. Whole sixteenths add up exactly. */
 static void check_products(float *x) {
@@ -136,6 +159,12 @@ int main(void) {
                 check_bf16(half, bits, shape[0], shape[1], shape[2], shape[3], patches[r][0], patches[r][1], last);
             }
     check_products(x);
+    for (I i = 0; i < ROOM; i++) {
+        float fine = (float)(int)next() * (i % 1000 < 500 ? 1e-9f : 1e-42f);
+        x[i] = i == 2000 ? __builtin_inff() : fine;
+        memcpy(&half[i], (const char *)&x[i] + 2, 2);
+    }
+    check_groups(x, half);
     check_bounded(x);
     float *y = room(), *gx = room();
     uint8_t *index = room();

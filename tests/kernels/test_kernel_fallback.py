@@ -11,11 +11,13 @@ from torch import Tensor
 
 from edgetune.kernels import fallback, is_channels_last
 from edgetune.kernels.geometry import memory_format
+from kernels import group_reference
 from kernels.kernel_cases import MAKERS, as_tuple, cases
 from kernels.slow_bounded import slow_bounded_decode, slow_bounded_encode, slow_bounded_sizes
 
 SMALL = 20_000  # elements: loops in Python are slow
-SMALLER = {"max_pool_backward": 3000, "mask_pack": 3000, "bounded_decode": 80_000}
+SLOWER = {"max_pool_backward": 3000, "mask_pack": 3000, "group_pack": 3000, "group_unpack": 3000,
+          "bounded_decode": 80_000}
 SLOW_BOUNDED = slow_bounded_sizes, slow_bounded_encode, slow_bounded_decode
 
 
@@ -148,15 +150,15 @@ def _size(arguments: tuple[Any, ...]) -> int:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_fallback_equals_slow_loop(name: str) -> None:
-    tried = 0
+    tried, slow = 0, globals() | vars(group_reference)
     for seed, arguments in cases(name):
-        if _size(arguments) > SMALLER.get(name, SMALL):
+        if _size(arguments) > SLOWER.get(name, SMALL):
             continue
         if any(isinstance(x, Tensor) and x.numel() == 0 for x in arguments):
             assert not any(out.any() for out in as_tuple(getattr(fallback, name)(*arguments)))
             continue
         tried += 1
-        wanted = as_tuple(globals()[f"slow_{name}"](*arguments))
+        wanted = as_tuple(slow[f"slow_{name}"](*arguments))
         got = as_tuple(getattr(fallback, name)(*arguments))
         for a, b in zip(got, wanted, strict=True):
             close = 2e-2 if a.dtype == torch.bfloat16 else 1e-5

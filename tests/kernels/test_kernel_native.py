@@ -11,8 +11,8 @@ from edgetune import kernels
 from edgetune.kernels import fallback
 from kernels.kernel_cases import MAKERS, as_tuple, call, cases
 
-EXACT = {"patch_spread", "mask_pack", "mask_apply", "mask_count", "bits_count", "max_pool",
-         "bounded_sizes", "bounded_encode", "bounded_decode"}
+EXACT = {"patch_spread", "mask_pack", "mask_apply", "mask_count", "bits_count", "group_pack", "group_unpack",
+         "max_pool", "bounded_sizes", "bounded_encode", "bounded_decode"}
 
 
 @pytest.fixture(autouse=True)

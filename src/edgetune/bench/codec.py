@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from edgetune.bench import activations, codec_peers, timing
 from edgetune.bench.codec_peers import Peer
-from edgetune.codecs import Bounded, Codec
+from edgetune.codecs import Bounded, Codec, Grouped
 from edgetune.errors import EdgetuneError
 from edgetune.record import Record
 
 GB = 1e9
+GROUPED_BITS = (8, 4, 2)
 
 
 def _several(threads: object) -> object:
@@ -72,15 +74,23 @@ def run(options: CodecOptions | None = None, progress: Callable[[timing.Row], No
 
 
 def _rows(case: str, maps: Sequence[Tensor], peers: Sequence[Peer], options: CodecOptions) -> Iterator[timing.Row]:
-    for bound in options.bounds:
-        bounds = [bound * _deviation(x) for x in maps]
-        most = 4 * sum(x.numel() for x in maps) / sum(_entropy_bytes(x, e) for x, e in zip(maps, bounds))
+    """All bounds, and then the codecs that take none."""
+    bounded: list[_Ours | _Theirs] = [_Ours("bounded", Bounded), *(_Theirs(peer) for peer in peers)]
+    grouped = [_Ours(f"{bits} bits in groups", partial(_grouped, bits)) for bits in GROUPED_BITS]
+    for bound in (*options.bounds, None):
+        facts = {"case": case, "bound": bound, "batch": options.batch, "clock": options.clock, "quick": options.quick}
+        bounds = [(bound or 0) * _deviation(x) for x in maps]
+        if bound is not None:
+            entropy_bytes = sum(_entropy_bytes(x, e) for x, e in zip(maps, bounds))
+            facts["entropy_ratio"] = 4 * sum(x.numel() for x in maps) / entropy_bytes
         for threads in options.threads:
             with timing.threads(threads), torch.no_grad():
-                codecs: list[_Ours | _Theirs] = [_Ours("bounded", Bounded), *(_Theirs(peer) for peer in peers)]
-                facts = {"case": case, "bound": bound, "entropy_ratio": most, "batch": options.batch,
-                         "threads": threads, "clock": options.clock, "quick": options.quick}  # fmt: skip
-                yield from _side_by_side(maps, bounds, codecs, options.rounds, facts)
+                yield from _side_by_side(maps, bounds, grouped if bound is None else bounded, options.rounds,
+                                         {**facts, "threads": threads})
+
+
+def _grouped(bits: int, _: float) -> Codec:
+    return Grouped(bits)
 
 
 class _Theirs:
@@ -88,6 +98,9 @@ class _Theirs:
 
     def __init__(self, peer: Peer) -> None:
         self.name, self.encode, self.decode, self.size = peer.name, peer.encode, peer.decode, peer.size
+
+    def bound(self, x: Tensor, bound: float) -> float | Tensor:
+        return bound
 
 
 class _Ours:
@@ -104,6 +117,9 @@ class _Ours:
 
     def size(self, packed: Any) -> int:
         return int(packed[0].numel())
+
+    def bound(self, x: Tensor, bound: float) -> float | Tensor:
+        return self.make(bound).bound(x)
 
 
 def _side_by_side(maps: Sequence[Tensor], bounds: Sequence[float], codecs: Sequence[_Ours | _Theirs], rounds: int,
@@ -124,7 +140,8 @@ def _side_by_side(maps: Sequence[Tensor], bounds: Sequence[float], codecs: Seque
             "ratio": read / sum(codec.size(each) for each in own),
             "encode_gb_s": read / GB / (timed.ms[f"encode {codec.name}"] / 1e3),
             "decode_gb_s": read / GB / (timed.ms[f"decode {codec.name}"] / 1e3),
-            **_errors(maps, [codec.decode(each, x) for each, x in zip(own, maps)], bounds),
+            **_errors(maps, [codec.decode(each, x) for each, x in zip(own, maps)],
+                      [codec.bound(x, e) for x, e in zip(maps, bounds)]),
             "others": timed.others,
         }
 
@@ -145,15 +162,20 @@ def _decoding(codec: _Ours | _Theirs, packed: Sequence[Any], maps: Sequence[Tens
     return all_maps
 
 
-def _errors(maps: Sequence[Tensor], back: Sequence[Tensor], bounds: Sequence[float]) -> dict[str, float | None]:
-    """`error`: the largest of all elements, in bounds. `zeros_kept`: the share of zeros that are zero again; and
-    `zeros_made`, that of other values that have become zero."""
-    error = max(float((x.double() - y).abs().max()) / e for x, y, e in zip(maps, back, bounds))
+def _errors(maps: Sequence[Tensor], back: Sequence[Tensor], bounds: Sequence[float | Tensor]
+            ) -> dict[str, float | None]:  # fmt: skip
+    """`error`: the largest of all elements, as a share of the codec's bound there, and `deviations`, of the map's
+    deviation. `zeros_kept`: the share of zeros that are zero again; `zeros_made`: of other values that became zero."""
+    errors = [(x.double() - y).abs() for x, y in zip(maps, back)]
     zeros = sum(int((x == 0).sum()) for x in maps)
-    values = sum(x.numel() for x in maps) - zeros
     kept = sum(int(((x == 0) & (y == 0)).sum()) for x, y in zip(maps, back))
     lost = sum(int(((x != 0) & (y == 0)).sum()) for x, y in zip(maps, back))
-    return {"error": error, "zeros_kept": kept / zeros if zeros else None, "zeros_made": lost / values}
+    return {
+        "error": max(float((error / e).nan_to_num(nan=0.0).max()) for error, e in zip(errors, bounds)),  # 0 / 0 is none
+        "deviations": max(float(error.max()) / _deviation(x) for error, x in zip(errors, maps)),
+        "zeros_kept": kept / zeros if zeros else None,
+        "zeros_made": lost / (sum(x.numel() for x in maps) - zeros),
+    }
 
 
 def _deviation(x: Tensor) -> float:

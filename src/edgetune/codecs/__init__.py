@@ -2,6 +2,7 @@
 
 from edgetune.codecs.bounded import Bounded, used_bound
 from edgetune.codecs.codec import Codec
+from edgetune.codecs.grouped import Grouped
 from edgetune.codecs.plain import PLAIN, Float16, Float32, Int8
 
-__all__ = ["PLAIN", "Bounded", "Codec", "Float16", "Float32", "Int8", "used_bound"]
+__all__ = ["PLAIN", "Bounded", "Codec", "Float16", "Float32", "Grouped", "Int8", "used_bound"]

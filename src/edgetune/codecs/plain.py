@@ -29,6 +29,7 @@ class Float32(Plain):
 
     name = "float32"
     exact = True
+    keeps_zeros = True
     largest = math.inf
 
     def size(self, shape: Sequence[int]) -> int:

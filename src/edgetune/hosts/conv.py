@@ -1,4 +1,4 @@
-"""The convolution host: turns a layer method's pure functions into a one-layer segment."""
+"""The convolution host: the layer's own products, and a layer method's pure functions as a one-layer segment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from edgetune.contract import Kept, LayerMethod, Needs, Segment, Tensors
+from edgetune.contract import Kept, LayerMethod, Needs, Rule, Segment, Tensors
 from edgetune.graph import Call
 from edgetune.overlap import ConvGeometry
 
@@ -21,6 +21,37 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
         return F.conv2d(x, weight, bias, geometry.stride, (top, left), geometry.dilation, geometry.groups)
     return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, geometry.stride, 0, geometry.dilation,
                     geometry.groups)
+
+
+def input_gradient(g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+    """The exact gx (n c h w) of the layer from g (n o p q) and weight (o i u v)."""
+    n, (top, bottom, left, right) = g.shape[0], geometry.pads
+    height, width = geometry.in_hw
+    if geometry.symmetric:
+        x = g.new_empty(1).expand(n, geometry.in_channels, height, width)
+        return _backward(g, x, weight.to(g.dtype), geometry, (top, left), wants_input=True)
+    padded = g.new_empty(1).expand(n, geometry.in_channels, height + top + bottom, width + left + right)
+    gx = _backward(g, padded, weight.to(g.dtype), geometry, (0, 0), wants_input=True)
+    return gx[:, :, top:top + height, left:left + width]
+
+
+def weight_gradient(x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+    """The exact gw (o i u v) of the layer from x (n c h w) and g (n o p q)."""
+    top, bottom, left, right = geometry.pads
+    shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel)
+    weight = g.new_empty(1).expand(shape)
+    if geometry.symmetric:
+        return _backward(g, x.to(g.dtype), weight, geometry, (top, left), wants_input=False)
+    padded = F.pad(x.to(g.dtype), (left, right, top, bottom))
+    return _backward(g, padded, weight, geometry, (0, 0), wants_input=False)
+
+
+def _backward(g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+              padding: tuple[int, int], wants_input: bool) -> torch.Tensor:
+    # torch computes only what the mask asks for; the tensor that is not read may be a stand-in without memory
+    grads = torch.ops.aten.convolution_backward(g, x, weight, None, geometry.stride, padding, geometry.dilation,
+                                                False, (0, 0), geometry.groups, (wants_input, not wants_input, False))
+    return grads[0] if wants_input else grads[1]
 
 
 def geometry_at(call: Call, x: torch.Tensor) -> ConvGeometry:
@@ -91,3 +122,8 @@ class ConvRule:
         if gw is not None:
             grads[name] = gw.to(weight.dtype)
         return (gx,), grads
+
+
+def conv_rule(method: LayerMethod, call: Call) -> Rule:
+    """What a convolution does by a method."""
+    return method.rule(call) or ConvRule(method)

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from edgetune.contract import Rule, Segment, one_call
 from edgetune.graph import Call, Graph
+
+
+def segment_of(run: tuple[Call, ...], rule: Rule) -> Segment:
+    """The run as a segment: what it reads from outside, what others read of it, and its parameters."""
+    if not run[0].followed:
+        return one_call(rule, run[0])
+    inside = {call.node for call in run}
+    inputs = tuple(dict.fromkeys(node for call in run for node in call.inputs if node not in inside))
+    outputs = tuple(call.node for call in run if any(reader not in inside for reader in call.consumers))
+    params = tuple(dict.fromkeys(name for call in run for name in call.params.values()))
+    state = tuple(dict.fromkeys(name for call in run for name in call.state.values()))
+    return Segment(rule=rule, calls=run, inputs=inputs, outputs=outputs, params=params, state=state)
 
 
 def convex_runs(graph: Graph, eligible: set[str], anchors: set[str]) -> list[tuple[Call, ...]]:

@@ -36,7 +36,7 @@ UNITS = ("threads.c", "float32.c", "bfloat16.c", "bounded.c")
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-ffp-contract=fast", "-w")
 COMPILE_SECONDS = 300
 OPS = ("patch_mean", "patch_spread", "mask_pack", "mask_apply", "mask_count", "bits_count",
-       "masked_patch_mean", "grid_products", "max_pool", "max_pool_backward",
+       "masked_patch_mean", "grid_products", "group_pack", "group_unpack", "max_pool", "max_pool_backward",
        "bounded_sizes", "bounded_encode", "bounded_decode")
 
 

@@ -9,10 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgetune.kernels import chance
 from edgetune.kernels.fallback_bounded import bounded_decode, bounded_encode, bounded_sizes
 from edgetune.kernels.geometry import (
+    LARGEST,
+    LEAST_STEP,
     NOTHING,
     ROWS,
+    Groups,
     Pool,
     ceil_div,
     count_dtype,
@@ -146,6 +150,44 @@ def _mix_weight(g: Tensor, x: Tensor, groups: int) -> Tensor:
     o, c = g.shape[0], x.shape[1]
     columns = x.transpose(0, 1).contiguous().view(groups, c // groups, -1).transpose(1, 2)
     return torch.matmul(g.view(groups, o // groups, -1), columns).view(o, c // groups)
+
+
+def _scales(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Least value and step (s 1) of every row (s group); NaN where a row holds what can't be packed."""
+    low, high = rows.aminmax(dim=1, keepdim=True)
+    span = high - low
+    step = (span * (1 / (2**bits - 1))).clamp(min=LEAST_STEP)
+    upwards = (step.view(torch.int32) + 0xFFFF & ~0xFFFF).view(torch.float32)  # to what bfloat16 holds
+    fit = (rows.abs() <= LARGEST).all(1, keepdim=True)
+    return torch.where(fit, low + 0.0, torch.nan), torch.where(fit, torch.where(span > 0, upwards, 0), torch.nan)
+
+
+def group_pack(x: Tensor, bits: int, group: int, seed: int, stochastic: bool = True) -> Tensor:
+    groups = Groups(bits, group)
+    flat = _flat(x).float()
+    scales = groups.scales(len(flat))
+    rows = torch.cat([flat, flat[-1:].expand(scales * group - len(flat))]).reshape(scales, group)
+    low, step = _scales(rows, bits)
+    per_step = torch.where(step > 0, 65536 / step, 0)
+    place = ((rows - low) * per_step).nan_to_num(0).round().clamp(max=(2**bits - 1) * 65536).long()
+    noise = chance.draw(seed, scales, group, x.device) if stochastic else 32768
+    codes = (place + noise >> 16).view(-1)
+    codes[len(flat):] = 0
+    shifts = torch.arange(0, 8, bits, device=x.device)[:, None]
+    tiles = (codes.view(-1, 8 // bits, 8) << shifts).sum(1).to(torch.uint8)
+    halves = (step.contiguous().view(torch.int32) >> 16).to(torch.int16)
+    heads = [head.contiguous().view(-1).view(torch.uint8) for head in (low, halves)]
+    return torch.cat([*heads, tiles.view(-1)])[: groups.size(len(flat))]
+
+
+def group_unpack(packed: Tensor, bits: int, group: int, elements: int) -> Tensor:
+    groups = Groups(bits, group)
+    low, step = groups.scales_of(packed, elements)
+    scales, codes = len(low), packed[6 * len(low) :]
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)[:, None]
+    flat = (codes.reshape(-1, 1, 8) >> shifts & 2**bits - 1).reshape(-1)
+    rows = F.pad(flat, (0, scales * group - len(flat))).reshape(scales, group)
+    return (low[:, None] + rows * step[:, None]).reshape(-1)[:elements]
 
 
 def _sees(starts: Tensor, kernel: int, dil: int, size: int) -> Tensor:

@@ -52,6 +52,53 @@ def count_dtype(cell_h: int, cell_w: int) -> torch.dtype:
     return torch.uint8 if cell_h * cell_w <= 255 else torch.int32
 
 
+class Groups(NamedTuple):
+    """How group_pack lays out its bytes: scales of 6 bytes a group, then codes in tiles of 8 bytes."""
+
+    bits: int
+    group: int
+
+    def check(self) -> None:
+        """Raises EdgetuneError where there is no such code, or a group isn't a whole number of blocks."""
+        if self.bits not in (2, 4, 8):
+            raise EdgetuneError(f"codes of {self.bits} bits can't be packed: give 8, 4 or 2")
+        if not BLOCK <= self.group <= MOST or self.group % BLOCK:
+            raise EdgetuneError(f"a group of {self.group} elements isn't whole blocks: give a multiple of {BLOCK}, "
+                                f"up to {MOST}")
+
+    def scales(self, elements: int) -> int:
+        """How many groups that is; the last one may be short."""
+        return ceil_div(elements, self.group)
+
+    def size(self, elements: int) -> int:
+        """Bytes of so many elements."""
+        return 6 * self.scales(elements) + 8 * ceil_div(elements, 64 // self.bits)
+
+    def check_size(self, packed: Tensor, elements: int) -> None:
+        """Raises EdgetuneError unless `packed` has the bytes of so many elements."""
+        if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.shape[0] != self.size(elements):
+            raise EdgetuneError(f"{tuple(packed.shape)} numbers of type {packed.dtype} aren't {elements} elements in "
+                                f"{self.bits} bits: give the {self.size(elements)} bytes that group_pack made")
+
+    def scales_of(self, packed: Tensor, elements: int) -> tuple[Tensor, Tensor]:
+        """The least value and the step of every group, as written: float32 (groups,)."""
+        scales = self.scales(elements)
+        head = packed[: 6 * scales].clone()  # numbers lie where numbers have to
+        return head[: 4 * scales].view(torch.float32), head[4 * scales :].view(torch.bfloat16).float()
+
+
+BLOCK = 32
+"""Elements of a group that draw chance and are written at once."""
+
+MOST = 65536
+"""Elements of the largest group."""
+
+LARGEST = 2.0**126
+"""The largest magnitude that group_pack takes: the distance of two numbers must be a float32, too."""
+
+LEAST_STEP = 2.0**-110
+"""The smallest step between codes, but for 0: 65536 over the step must be a float32."""
+
 ROWS = 8
 """Sums over taps lie in panels of at most so many input channels, the last one filled up with zeros."""
 

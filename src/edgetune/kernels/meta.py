@@ -14,6 +14,7 @@ from edgetune.errors import EdgetuneError
 from edgetune.kernels.bounded_format import BLOCK, HEADER, broken, chunks_of, unfit_sizes
 from edgetune.kernels.geometry import (
     ROWS,
+    Groups,
     Pool,
     ceil_div,
     check_bits,
@@ -117,6 +118,19 @@ def max_pool_backward(gy: Tensor, index: Tensor, h: int, w: int, kernel_h: int, 
     n, c = gy.shape[:2]
     return torch.empty((n, c, h, w), dtype=gy.dtype, device=gy.device,
                        memory_format=memory_format(is_channels_last(index)))
+
+
+def group_pack(x: Tensor, bits: int, group: int, seed: int, stochastic: bool = True) -> Tensor:
+    groups = Groups(bits, group)
+    groups.check()
+    return torch.empty((groups.size(x.numel()),), dtype=torch.uint8, device=x.device)
+
+
+def group_unpack(packed: Tensor, bits: int, group: int, elements: int) -> Tensor:
+    groups = Groups(bits, group)
+    groups.check()
+    groups.check_size(packed, elements)
+    return torch.empty((elements,), dtype=torch.float32, device=packed.device)
 
 
 def bounded_sizes(x: Tensor, bound: float) -> Tensor:

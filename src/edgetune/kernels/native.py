@@ -28,6 +28,8 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "bits_count": (P, P, N, N, N, N, N, N, B),
     "masked_patch_mean": (P, P, P, N, N, N, N, N, N, B),
     "grid_products": (P, P, P, P, P, P, P, P, P),
+    "group_pack": (P, P, N, B, N, N, B),
+    "group_unpack": (P, P, N, B, N),
     "max_pool": (P, P, P, P, B),
     "max_pool_backward": (P, P, P, P, B),
     "bounded_sizes": (P, P, N, F, F),
@@ -158,6 +160,24 @@ def _dense(t: Tensor | None) -> Tensor | None:
 def _strides(last: bool, i: int, taps: int) -> tuple[int, int, int]:
     """Elements from one output channel, input channel and tap of a weight (channels last or not) to the next."""
     return (i * taps, 1, i) if last else (i * taps, taps, 1)
+
+
+def group_pack(out: Tensor, x: Tensor, bits: int, group: int, seed: int, stochastic: bool = True) -> bool:
+    run = _function("group_pack", x.dtype)
+    if run is None:
+        return False
+    x, _ = _walked(x)
+    run(x.data_ptr(), out.data_ptr(), x.numel(), bits, group, seed, stochastic, get_num_threads())
+    return True
+
+
+def group_unpack(out: Tensor, packed: Tensor, bits: int, group: int, elements: int) -> bool:
+    run = _function("group_unpack", torch.float32)
+    if run is None:
+        return False
+    packed = packed.contiguous()
+    run(packed.data_ptr(), out.data_ptr(), elements, bits, group, get_num_threads())
+    return True
 
 
 def max_pool(out: tuple[Tensor, Tensor], x: Tensor, *geometry: int) -> bool:

@@ -24,6 +24,8 @@ _mask_count = _ops.mask_count.default
 _bits_count = _ops.bits_count.default
 _masked_patch_mean = _ops.masked_patch_mean.default
 _grid_products = _ops.grid_products.default
+_group_pack = _ops.group_pack.default
+_group_unpack = _ops.group_unpack.default
 _max_pool = _ops.max_pool.default
 _max_pool_backward = _ops.max_pool_backward.default
 _bounded_sizes = _ops.bounded_sizes.default
@@ -89,6 +91,24 @@ def grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, 
     """
     gx, gw, _ = _grid_products(g, to_input, to_weight, x, w, groups, wants_input, spread)
     return gx if wants_input else None, None if x is None else gw
+
+
+def group_pack(x: Tensor, bits: int, group: int, seed: int, stochastic: bool = True) -> Tensor:
+    """x of any shape, in codes of 8, 4 or 2 bits -> uint8 (size,), in the memory order of x, compared as float32.
+
+    Every `group` elements (a multiple of 32; the last group may be short) have a least value, in float32, and a step,
+    in bfloat16, rounded up: 6 bytes. The codes between follow, filled up to a multiple of 8 bytes. A value becomes one
+    of the two codes beside it: which one, chance says, such that the mean over seeds is the value, up to 2^-17 of a
+    step and the rounding of float32; or without `stochastic` the nearer one. Chance comes from `seed` and the element's
+    place alone. A group that is constant comes back exactly. One with a NaN, an infinity or a magnitude over 2^126
+    comes back as NaN. Steps are 2^-110 at least.
+    """
+    return _group_pack(x, bits, group, seed, stochastic)
+
+
+def group_unpack(packed: Tensor, bits: int, group: int, elements: int) -> Tensor:
+    """What group_pack wrote: uint8 (size,) -> float32 (elements,), in the order that was packed."""
+    return _group_unpack(packed, bits, group, elements)
 
 
 def max_pool(x: Tensor, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,

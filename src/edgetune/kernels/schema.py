@@ -44,6 +44,8 @@ OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback,
     "masked_patch_mean": "(Tensor g, Tensor bits, int cell_h, int cell_w) -> Tensor",
     "grid_products": "(Tensor g, Tensor? to_input, Tensor? to_weight, Tensor? x, Tensor w, SymInt groups, "
                      "bool wants_input, bool spread) -> (Tensor, Tensor, Tensor)",
+    "group_pack": "(Tensor x, int bits, int group, int seed, bool stochastic=True) -> Tensor",
+    "group_unpack": "(Tensor packed, int bits, int group, SymInt elements) -> Tensor",
     "max_pool": f"(Tensor x, {_POOL}, bool ceil_mode) -> (Tensor, Tensor)",
     "max_pool_backward": f"(Tensor gy, Tensor index, SymInt h, SymInt w, {_POOL}) -> Tensor",
     "bounded_sizes": "(Tensor x, float bound) -> Tensor",

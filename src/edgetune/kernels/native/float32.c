@@ -2,3 +2,4 @@
 #include "kernels.h"
 #include "max_pool_backward.c"
 #include "grid_products.c"
+#include "group_unpack.c"

@@ -7,3 +7,4 @@
 #include "mask_pack.c"
 #include "mask_apply.c"
 #include "max_pool.c"
+#include "group_pack.c"

@@ -15,6 +15,8 @@ static inline v8 v8_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void v8_store(float *p, v8 a) { _mm256_storeu_ps(p, a); }
 static inline v8 v8_add(v8 a, v8 b) { return _mm256_add_ps(a, b); }
 static inline v8 v8_mul(v8 a, v8 b) { return _mm256_mul_ps(a, b); }
+static inline v8 v8_least(v8 a, v8 b) { return _mm256_min_ps(a, b); }
+static inline v8 v8_most(v8 a, v8 b) { return _mm256_max_ps(a, b); }
 #ifdef __FMA__
 static inline v8 v8_fma(v8 a, v8 b, v8 c) { return _mm256_fmadd_ps(a, b, c); }
 #else
@@ -116,6 +118,8 @@ static inline v8 v8_load(const float *p) { return (v8){vld1q_f32(p), vld1q_f32(p
 static inline void v8_store(float *p, v8 x) { vst1q_f32(p, x.a); vst1q_f32(p + 4, x.b); }
 static inline v8 v8_add(v8 x, v8 y) { return (v8){vaddq_f32(x.a, y.a), vaddq_f32(x.b, y.b)}; }
 static inline v8 v8_mul(v8 x, v8 y) { return (v8){vmulq_f32(x.a, y.a), vmulq_f32(x.b, y.b)}; }
+static inline v8 v8_least(v8 x, v8 y) { return (v8){vminq_f32(x.a, y.a), vminq_f32(x.b, y.b)}; }
+static inline v8 v8_most(v8 x, v8 y) { return (v8){vmaxq_f32(x.a, y.a), vmaxq_f32(x.b, y.b)}; }
 static inline v8 v8_fma(v8 x, v8 y, v8 z) { return (v8){vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b)}; }
 #define ET_MOVES_BY_COPY
 static inline v8 v8_pairs(v8 x, v8 y) { return (v8){vpaddq_f32(x.a, x.b), vpaddq_f32(y.a, y.b)}; }
@@ -165,6 +169,8 @@ static inline v8 v8_load(const float *p) { v8 r; EACH r.lane[i] = p[i]; return r
 static inline void v8_store(float *p, v8 a) { EACH p[i] = a.lane[i]; }
 static inline v8 v8_add(v8 a, v8 b) { EACH a.lane[i] += b.lane[i]; return a; }
 static inline v8 v8_mul(v8 a, v8 b) { EACH a.lane[i] *= b.lane[i]; return a; }
+static inline v8 v8_least(v8 a, v8 b) { EACH a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; return a; }
+static inline v8 v8_most(v8 a, v8 b) { EACH a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; return a; }
 static inline v8 v8_fma(v8 a, v8 b, v8 c) { EACH c.lane[i] += a.lane[i] * b.lane[i]; return c; }
 #define ET_MOVES_BY_COPY
 static inline v8 v8_pairs(v8 a, v8 b) {

@@ -35,8 +35,8 @@ from __future__ import annotations
 from edgetune.contract import Plan, Segment
 from edgetune.graph import Call, Graph
 from edgetune.hosts.chain import ChainRule
-from edgetune.hosts.runs import convex_runs
-from edgetune.hosts.schedule import Schedule, schedule
+from edgetune.hosts.runs import convex_runs, segment_of
+from edgetune.hosts.schedule import schedule
 from edgetune.methods.backward.gradient_filter import (
     GradientFilter,
     grid_backward,
@@ -70,7 +70,8 @@ class PooledChain(GradientFilter):
                 break
             eligible -= refused
         for run, made in zip(runs, schedules, strict=True):
-            segments.append(_segment(graph, run, made, settings))
+            inside = {call.node: settings[call.node] for call in run if call.node in settings}
+            segments.append(segment_of(run, ChainRule(made, inside, _Grid())))
         return segments
 
 
@@ -81,15 +82,6 @@ def _passes(call: Call, graph: Graph) -> bool:
     if call.kind == "activation":
         return call.function in MASKS or call.function in SMOOTH
     return call.kind in ("norm", "add", "mean", "scale", "identity") and len(call.out_shape) in (2, 4)
-
-
-def _segment(graph: Graph, run: tuple[Call, ...], made: Schedule, settings: dict[str, PooledChain]) -> Segment:
-    inside = {call.node for call in run}
-    inputs = tuple(dict.fromkeys(node for call in run for node in call.inputs if node not in inside))
-    outputs = tuple(call.node for call in run if any(reader not in inside for reader in call.consumers))
-    params = tuple(dict.fromkeys(name for call in run for name in call.params.values()))
-    rule = ChainRule(made, {node: own for node, own in settings.items() if node in inside}, _Grid())
-    return Segment(rule=rule, calls=run, inputs=inputs, outputs=outputs, params=params)
 
 
 class _Grid:

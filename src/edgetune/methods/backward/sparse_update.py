@@ -40,7 +40,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from edgetune.contract import LayerMethod, Needs, Plan, Segment, Tensors, one_call
+from edgetune.contract import LayerMethod, Needs, Rule, Segment, Tensors
 from edgetune.graph import Call, Graph
 from edgetune.hosts.conv import ConvRule
 from edgetune.methods.backward.exact import Exact
@@ -138,11 +138,9 @@ class SparseUpdate(LayerMethod):
             delattr(module, SLICE)
         return restore
 
-    @classmethod
-    def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
-        """The convolutions of which a part learns; where only the gradient passes, the exact host serves."""
-        return [one_call(WindowRule(own), call) for call in graph.layers("conv")
-                if isinstance(own := plan.settings(call.name, cls), cls) and SLICE in call.params]
+    def rule(self, call: Call) -> Rule | None:
+        # where only the gradient passes there is no slice
+        return WindowRule(self) if SLICE in call.params else None
 
     def save(self, x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         start, stop = read_channels(geometry, self.first, self.count(geometry))
