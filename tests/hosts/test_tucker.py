@@ -192,3 +192,7 @@ def test_products_and_unfoldings_are_einsums() -> None:
         assert torch.allclose(product(x, matrix, axis), expected)
         assert torch.allclose(product(x.to(memory_format=torch.channels_last), matrix, axis), expected)
         assert torch.equal(unfolded(x, axis), torch.stack([part.reshape(-1) for part in x.unbind(axis)]))
+        last = x.to(memory_format=torch.channels_last)
+        assert torch.equal(unfolded(last, axis), torch.stack([part.permute(
+            [("nchw".replace(letter, "")).index(each) for each in "nhwc" if each != letter]).reshape(-1)
+            for part in x.unbind(axis)]))

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 AXES = ("n", "c", "h", "w")
 Ranks = tuple[int, int, int, int]
@@ -56,18 +57,23 @@ class Tucker:
 
 
 def product(x: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.Tensor:
-    """matrix (r s) times the axis of size s: of x (n c h w) that axis becomes r long."""
-    shape = (*x.shape[:axis], matrix.shape[0], *x.shape[axis + 1:])
-    if axis == 3:
-        return (x.reshape(-1, x.shape[3]) @ matrix.mT).reshape(shape)
-    if axis == 0:
-        return (matrix @ x.reshape(x.shape[0], -1)).reshape(shape)
-    return (matrix @ x.reshape(math.prod(x.shape[:axis]), x.shape[axis], -1)).reshape(shape)
+    """matrix (r s) times the axis of size s: of x (n c h w) that axis becomes r long. Strides may be any."""
+    if axis == 1:  # what a convolution does, in any layout and without a copy of x
+        return F.conv2d(x, matrix[:, :, None, None])
+    order = [axis, *_others(x, axis)]
+    out = matrix @ x.permute(order).reshape(x.shape[axis], -1)
+    return out.view(-1, *(x.shape[other] for other in order[1:])).permute([order.index(at) for at in range(4)])
 
 
-def unfolded(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """x (n c h w) as a matrix (s, all others) of that axis: a view for axis 0, else a copy."""
-    return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+def unfolded(x: torch.Tensor, axis: int, like: torch.Tensor | None = None) -> torch.Tensor:
+    """x (n c h w) as a matrix (s, all others) of that axis, the others in the order in which they lie in memory (of
+    `like`): for axis 0 of a dense map a view."""
+    return x.permute([axis, *_others(x if like is None else like, axis)]).reshape(x.shape[axis], -1)
+
+
+def _others(x: torch.Tensor, axis: int) -> list[int]:
+    strides = x.stride()
+    return sorted((at for at in range(4) if at != axis), key=lambda at: (-strides[at], at))
 
 
 def tucker_size(shape: Sequence[int], ranks: Ranks) -> int:
@@ -128,6 +134,6 @@ def iterated(x: torch.Tensor, basis: torch.Tensor, axis: int) -> torch.Tensor:
     dimensions the old columns stay, instead of any that complete the others.
     """
     small = product(x, basis.mT, axis)
-    reached = unfolded(x, axis) @ unfolded(small, axis).mT
+    reached = unfolded(x, axis) @ unfolded(small, axis, like=x).mT
     shift = SHIFT * reached.norm() + torch.finfo(x.dtype).tiny
     return torch.linalg.qr(reached + shift * basis).Q

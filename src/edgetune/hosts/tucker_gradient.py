@@ -46,10 +46,9 @@ def _through_core(images: torch.Tensor, basis: torch.Tensor, g: torch.Tensor,
                   geometry: ConvGeometry) -> torch.Tensor:
     """images (a b h w), basis (c b), g (a o p q) -> gw (o i u v)."""
     whole = geometry.model_copy(update={"in_channels": basis.shape[1], "groups": 1})
-    small = weight_gradient(images, g, whole).flatten(2)  # (o b uv)
-    grouped = small.unflatten(0, (geometry.groups, -1))
-    of_group = basis.unflatten(0, (geometry.groups, 1, -1))
-    return (of_group @ grouped).reshape(geometry.out_channels, -1, *geometry.kernel)
+    small = weight_gradient(images, g, whole).permute(0, 2, 3, 1)  # (o u v b)
+    per_group = small.reshape(geometry.groups, -1, basis.shape[1]) @ basis.unflatten(0, (geometry.groups, -1)).mT
+    return per_group.view(*small.shape[:3], -1).permute(0, 3, 1, 2)
 
 
 def _through_groups(images: torch.Tensor, basis: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry,

@@ -5,7 +5,7 @@ What it does
     by one subspace iteration, U = QR(A A^T U) with A the input unfolded along the axis, multiplies the input with it,
     and goes on to the next axis with what is left: n, c, h, w. As networks change slowly, bases stay near those of a
     full decomposition. The weight gradient is computed from core and bases; the input is never made whole again.
-    `choose_ranks` of edgetune.lowrank finds ranks for a budget.
+    `edgetune.lowrank.choose_ranks` finds ranks for a budget.
 
 Shapes
     x (n c h w), weight (o i u v), gy (n o h' w'); kept core (a b d e) and bases n (n a), c (c b), h (h d), w (w e)
@@ -70,6 +70,11 @@ class ASI(FactoredMethod):
         n, c, h, w = wanted_ranks(shape, self.ranks, self.shares)
         ranks = allowed(shape, (n, c, h, w))
         return ranks if tucker_size(shape, ranks) < math.prod(shape) else None
+
+    def numbers(self, shape: Sequence[int]) -> int:
+        """How many numbers are kept of a map of `shape` (n c h w)."""
+        ranks = self.ranks_on(shape)
+        return math.prod(shape) if ranks is None else tucker_size(shape, ranks)
 
     def state_of(self, call: Call) -> dict[str, torch.Tensor]:
         shape = call.in_shapes[0]
