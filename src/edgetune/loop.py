@@ -1,7 +1,7 @@
 """The training loop: one network through its epochs, able to stop anywhere and go on exactly where it was.
 
 Order, views and dropout of a step depend on (seed, epoch, index) and (seed, step) alone, never on what came
-before, so the weights, the momentum and the step number are all there is to remember.
+before, so the weights, the momentum, the step number and what methods remember are all there is to save.
 """
 
 from __future__ import annotations
@@ -90,6 +90,12 @@ class Position(Record):
     ms: float = 0.0
 
 
+def _remembered(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a state_dict leaves out: what methods remember from step to step."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+
+
 @dataclass
 class Leg:
     """One training of one network, planned or plain; `saved` hears of every epoch and of Ctrl-C.
@@ -137,6 +143,9 @@ class Leg:
         for name, parameter in self.learned.items():
             if (kept := tensors.get(f"momentum/{name}")) is not None:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(kept)
+        for name, buffer in _remembered(self.model).items():
+            if (kept := tensors.get(f"state/{name}")) is not None:
+                buffer.copy_(kept)
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -145,6 +154,7 @@ class Leg:
             buffer = self.optimizer.state[parameter].get("momentum_buffer")
             if buffer is not None:
                 tensors[f"momentum/{name}"] = buffer
+        tensors |= {f"state/{name}": buffer for name, buffer in _remembered(self.model).items()}
         write_tensors(self.checkpoint, tensors, self.at.model_dump_json())
 
     def run(self, title: str, progress: Progress) -> None:
