@@ -28,8 +28,9 @@ def adapt(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
     torch.manual_seed(seed)
     started, (train, test) = time.perf_counter(), split
     source, labels, trainee = bench.source(), bench.photos().labels, trainee_of(bench, arm, train, seed)
-    kept = kept_for_backward(trainee.model, source.seen(train[:BATCH], 0))
     curve = _train(trainee, bench, train, rate, seed) if arm.trains else []
+    # behind training, as bounds of what is kept may have followed it
+    kept = kept_for_backward(trainee.model, source.seen(train[:BATCH], 0))
     with torch.no_grad():
         logits = torch.cat([trainee.model(source.seen(part, None)) for part in _chunks(test, 100)])
     correct, loss = logits.argmax(1) == labels[test], F.cross_entropy(logits, labels[test])

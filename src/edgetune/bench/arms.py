@@ -6,6 +6,7 @@ A new method is a new `Prepare`: a function from the network and pictures of it 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 from torch import nn
 
 from edgetune.apply import apply
-from edgetune.contract import Method, Plan
+from edgetune.contract import KeptMethod, Method, Plan
 from edgetune.draft import last_layers
 from edgetune.frozen import front_of, install
 from edgetune.graph import Graph, trace
+from edgetune.lowrank import choose_ranks
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.methods.backward.tinytl import TinyTL
@@ -126,6 +128,29 @@ def last(count: int | None, method: Method, scales: bool = False) -> Callable[[G
     With `scales` the norms' scales do too.
     """
     return lambda graph: last_layers(graph, count, method, scales=scales)
+
+
+def held(count: int | None, method: KeptMethod) -> Prepare:
+    """Exact gradients in the last `count` convolutions (None: all), norms' scales too; what is kept by `method`."""
+
+    def plan(graph: Graph) -> Plan:
+        made = last_layers(graph, count, Exact(), scales=True)
+        return made.model_copy(update={"layers": {name: (*stack, method) for name, stack in made.layers.items()}})
+
+    return planned(plan)
+
+
+def low_rank(count: int, times: float) -> Prepare:
+    """ASI in the last `count` convolutions: their inputs kept in `times` fewer bytes, the ranks chosen by a batch."""
+
+    def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+        x, y = x[:BATCH], y[:BATCH]
+        graph = trace(model, x)
+        inputs = sum(math.prod(call.in_shapes[0]) * x.element_size() for call in graph.layers("conv")[-count:])
+        apply(model, choose_ranks(model, (x, y), int(inputs / times), last=count, scales=True, graph=graph), graph)
+        return Trainee(model)
+
+    return prepare
 
 
 def chain(patch_px: int, taps: str = "mean", scales: bool = False, count: int | None = None) -> Arm:

@@ -20,14 +20,17 @@ from typing import Any
 import torch
 
 from edgetune.bench.adapt import adapt
-from edgetune.bench.arms import Arm, chain, integers, last, leave, planned, scheme, stock, tinytl
+from edgetune.bench.arms import Arm, chain, held, integers, last, leave, low_rank, planned, scheme, stock, tinytl
 from edgetune.bench.cases import DIGITS_NET, IMAGENET_V2, RESNET20, RESNET20_JPEG, Bench, Case, Recipe, pupil
 from edgetune.bench.cells import Line
 from edgetune.bench.costs import CLOCK, kept_of_whole, step_costs
 from edgetune.bench.grid import PLAIN, Grid, GridOptions
 from edgetune.bench.photos import Split, drifted_cifar
 from edgetune.bench.pretrain import Lesson, cycles
+from edgetune.contract import KeptMethod
+from edgetune.methods.backward.comet import COMET
 from edgetune.methods.backward.exact import Exact
+from edgetune.methods.backward.low_bit import LowBit
 from edgetune.methods.backward.mobiletl import MobileTL, last_blocks
 from edgetune.quantize import Stepped, scale_gradients
 
@@ -64,6 +67,11 @@ MCUNET = Case(
 )
 RESNET18 = Case(
     "resnet18@32 last 4",
+    pupil(Lesson(network="resnet18", size=32), drifted_cifar),
+    *(32, 3, None, RATES, BARE),
+)
+RESNET18_ALL = Case(
+    "resnet18@32 all",
     pupil(Lesson(network="resnet18", size=32), drifted_cifar),
     *(32, 3, None, RATES, BARE),
 )
@@ -123,6 +131,24 @@ def sparse(name: str) -> Arm:
     return Arm(f"sparse {name}", scheme(name))
 
 
+KEPT: dict[str, KeptMethod] = {
+    "COMET": COMET(),
+    "COMET, published": COMET.published(),
+    **{f"{bits}-bit kept": LowBit(bits=bits) for bits in (2, 4, 8)},
+}
+"""Exact gradients from what is held in fewer bytes; the scales of norms learn, as with plain."""
+
+
+def coded(count: int | None) -> tuple[Arm, ...]:
+    """What is kept written in fewer bits."""
+    return tuple(Arm(name, held(count, method)) for name, method in KEPT.items())
+
+
+def ranks(count: int) -> tuple[Arm, ...]:
+    """What is kept as factors, in so many times fewer bytes."""
+    return tuple(Arm(f"ASI, {times}x", low_rank(count, times)) for times in (10, 50))
+
+
 def int8(count: int | None) -> tuple[Arm, ...]:
     """Integer networks whose steps are those of the float network, at its rate: rounded floats, and int8 themselves."""
     return (
@@ -150,7 +176,7 @@ ROWS: tuple[tuple[Case, Arm], ...] = (
         (CIFAR, arm)
         for arm in (plain(6), BEFORE, *int8_published(6), HEAD, *chains(6), exact(6), exact(6, scales=True))
     ),
-    *((CIFAR, arm) for arm in (*int8(6), branches(3))),
+    *((CIFAR, arm) for arm in (*int8(6), branches(3), *coded(6), *ranks(6))),
     # the last three inverted residual blocks and the convolution behind them: ten convolutions
     *((FLOWERS, arm) for arm in (plain(10), mobiletl(3), exact(10), FRESH_HEAD, branches(3), *chains(10)[:2])),
     *((SPARSE, arm) for arm in (plain(25), HEAD)),
@@ -160,6 +186,7 @@ ROWS: tuple[tuple[Case, Arm], ...] = (
     *((V3, arm) for arm in (plain(21), BEFORE, HEAD, *bits(4), *chains(21)[:1], exact(21))),
     *((MCUNET, arm) for arm in (plain(12), BEFORE, HEAD, *int8(12), sparse("mcunet-99KB"), *chains(12)[:1], exact(12))),
     *((RESNET18, arm) for arm in (plain(4), BEFORE, HEAD, *chains(4)[:1], exact(4))),
+    *((RESNET18_ALL, arm) for arm in (plain(None), *coded(None))),
 )
 """The default grid, the deciding rows first."""
 
@@ -181,7 +208,7 @@ def study(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
 
 GRID = Grid(
     "training",
-    (DIGITS, CIFAR, JPEG, FLOWERS, SPARSE, V3, MCUNET, RESNET18),
+    (DIGITS, CIFAR, JPEG, FLOWERS, SPARSE, V3, MCUNET, RESNET18, RESNET18_ALL),
     ROWS,
     study=study,
     search=search,
