@@ -172,6 +172,20 @@ TABLES = {
     "layers-grid": layers("grid"),
     "steps": steps(),
     "steps-whole": steps(lambda row: row["depth"] == "all" and row["size_px"] == 224),
+    "held": Table(
+        suite="held",
+        key=("case", "method", "batch"),
+        columns={
+            "step": text("case"),
+            "method": text("method"),
+            "batch": text("batch"),
+            "plain": number("baseline_ms", 0, " ms"),
+            "this": number("method_ms", 0, " ms"),
+            "speedup": number("speedup", 2, "x"),
+            "kept": against("kept_bytes"),
+            "peak": against("peak_bytes"),
+        },
+    ),
     "cache": Table(
         suite="cache",
         key=("case", "method", "patch_px", "taps", "codec", "batch"),

@@ -20,7 +20,9 @@ from edgetune.draft import last_layers
 from edgetune.frozen import front_of, install
 from edgetune.graph import Graph, trace
 from edgetune.lowrank import choose_ranks
+from edgetune.methods.backward.comet import COMET
 from edgetune.methods.backward.exact import Exact
+from edgetune.methods.backward.low_bit import LowBit
 from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.methods.backward.tinytl import TinyTL
 from edgetune.quantize import (
@@ -128,6 +130,14 @@ def last(count: int | None, method: Method, scales: bool = False) -> Callable[[G
     With `scales` the norms' scales do too.
     """
     return lambda graph: last_layers(graph, count, method, scales=scales)
+
+
+KEPT: dict[str, KeptMethod] = {
+    "COMET": COMET(),
+    "COMET, published": COMET.published(),
+    **{f"{bits}-bit kept": LowBit(bits=bits) for bits in (2, 4, 8)},
+}
+"""How what is kept may be held, in fewer bytes."""
 
 
 def held(count: int | None, method: KeptMethod) -> Prepare:

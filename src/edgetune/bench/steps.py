@@ -97,19 +97,19 @@ class _Case:
     depth: int | Literal["all"]
     options: StepsOptions
 
-    def plain(self, layout: str) -> _Trainee:
+    def plain(self, layout: str) -> Stepper:
         """Stock autograd, the same parameters learning."""
         model = self._copy(layout)
         learned = self._plan(1).learned()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in learned)
-        return _Trainee(model, self.x.contiguous(memory_format=LAYOUTS[layout]))
+        return Stepper(model, self.x.contiguous(memory_format=LAYOUTS[layout]))
 
-    def filtered(self, layout: str, patch_px: int) -> _Trainee:
+    def filtered(self, layout: str, patch_px: int) -> Stepper:
         """The pooled chain."""
         model = self._copy(layout)
         apply(model, self._plan(patch_px), self.graph)
-        return _Trainee(model, self.x.contiguous(memory_format=LAYOUTS[layout]))
+        return Stepper(model, self.x.contiguous(memory_format=LAYOUTS[layout]))
 
     def _plan(self, patch_px: int) -> Plan:
         count = None if self.depth == "all" else self.depth
@@ -120,12 +120,15 @@ class _Case:
         return model.eval()
 
 
-class _Trainee:
-    """A model with its optimizer (SGD with momentum): `step` and `forward` are what is timed."""
+class Stepper:
+    """A model with its optimizer (SGD with momentum): `step` and `forward` are what is timed.
 
-    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
+    Without `labels` all of x (n c h w) are of class 0.
+    """
+
+    def __init__(self, model: nn.Module, x: torch.Tensor, labels: torch.Tensor | None = None) -> None:
         self.model, self.x = model, x
-        self.labels = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+        self.labels = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if labels is None else labels
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         fused = all(parameter.is_contiguous() for parameter in learned)
         # a rate of almost nothing: thousands of steps on one batch must not run into infinities
@@ -147,7 +150,7 @@ class _Trainee:
 def _depth(name: str, case: _Case) -> Iterator[timing.Row]:
     options = case.options
     functions: dict[str, Callable[[], object]] = {}
-    trainees: dict[str, _Trainee] = {}
+    trainees: dict[str, Stepper] = {}
     for layout in LAYOUTS:
         trainees[f"plain {layout}"] = plain = case.plain(layout)
         functions[f"forward {layout}"], functions[f"plain {layout}"] = plain.forward, plain.step
@@ -169,7 +172,7 @@ def _depth(name: str, case: _Case) -> Iterator[timing.Row]:
                "others": others, "clock": options.clock, "quick": options.quick,
                "speedup": ms[f"plain {baseline}"] / ms[f"{r} {layout}"],
                "over_forward": ms[f"{r} {layout}"] / ms[f"forward {forward}"] - 1,
-               **_memory(trainees[f"{r} {layout}"].cost(), cost)}
+               **memory(trainees[f"{r} {layout}"].cost(), cost)}
 
 
 def fastest(ms: dict[str, float], what: str) -> str:
@@ -177,7 +180,7 @@ def fastest(ms: dict[str, float], what: str) -> str:
     return min(LAYOUTS, key=lambda layout: ms[f"{what} {layout}"])
 
 
-def _memory(cost: Cost, baseline: Cost) -> timing.Row:
+def memory(cost: Cost, baseline: Cost) -> timing.Row:
     """Kept bytes, peak, and what of the peak is neither gradients nor optimizer state."""
     beyond, beyond_baseline = (max(c.peak_bytes - c.optimizer_bytes - c.grad_bytes, 0) for c in (cost, baseline))
     return {"kept_bytes": cost.kept_bytes, "kept_bytes_baseline": baseline.kept_bytes,

@@ -20,17 +20,14 @@ from typing import Any
 import torch
 
 from edgetune.bench.adapt import adapt
-from edgetune.bench.arms import Arm, chain, held, integers, last, leave, low_rank, planned, scheme, stock, tinytl
+from edgetune.bench.arms import KEPT, Arm, chain, held, integers, last, leave, low_rank, planned, scheme, stock, tinytl
 from edgetune.bench.cases import DIGITS_NET, IMAGENET_V2, RESNET20, RESNET20_JPEG, Bench, Case, Recipe, pupil
 from edgetune.bench.cells import Line
 from edgetune.bench.costs import CLOCK, kept_of_whole, step_costs
 from edgetune.bench.grid import PLAIN, Grid, GridOptions
 from edgetune.bench.photos import Split, drifted_cifar
 from edgetune.bench.pretrain import Lesson, cycles
-from edgetune.contract import KeptMethod
-from edgetune.methods.backward.comet import COMET
 from edgetune.methods.backward.exact import Exact
-from edgetune.methods.backward.low_bit import LowBit
 from edgetune.methods.backward.mobiletl import MobileTL, last_blocks
 from edgetune.quantize import Stepped, scale_gradients
 
@@ -131,16 +128,8 @@ def sparse(name: str) -> Arm:
     return Arm(f"sparse {name}", scheme(name))
 
 
-KEPT: dict[str, KeptMethod] = {
-    "COMET": COMET(),
-    "COMET, published": COMET.published(),
-    **{f"{bits}-bit kept": LowBit(bits=bits) for bits in (2, 4, 8)},
-}
-"""Exact gradients from what is held in fewer bytes; the scales of norms learn, as with plain."""
-
-
 def coded(count: int | None) -> tuple[Arm, ...]:
-    """What is kept written in fewer bits."""
+    """Exact gradients from what is held in fewer bytes; the scales of norms learn, as with plain."""
     return tuple(Arm(name, held(count, method)) for name, method in KEPT.items())
 
 

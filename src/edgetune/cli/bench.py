@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SUITES = {
     "layers": "single convolutions",
     "steps": "whole training steps",
+    "held": "whole training steps that hold what they keep in fewer bytes",
     "cache": "epochs from cached features",
     "transfer": "accuracy after adapting",
     "training": "ways to train on a device side by side",
