@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import kept
 import ladder
 import pages
 import tables
@@ -16,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def stale() -> dict[Path, str | None]:
     """What is not as generated: the right text by file, None for a page whose method is gone."""
     method_pages = pages.documents()
-    wanted: dict[Path, str | None] = {**tables.documents(), **ladder.documents(tables.read_rows()), **method_pages}
+    rows = tables.read_rows()
+    drawn = {**ladder.documents(rows), **kept.documents(rows)}
+    wanted: dict[Path, str | None] = {**tables.documents(rows), **drawn, **method_pages}
     gone = dict.fromkeys(set(pages.FOLDER.glob("*.md")) - set(method_pages))
     now = {file: file.read_text() if file.exists() else None for file in wanted}
     return {file: content for file, content in wanted.items() if now[file] != content} | gone

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from drawing import FAINT, INK, RULE, text
 from edgetune.units import format_bytes
 
 FILE = Path(__file__).resolve().parent.parent / "docs" / "ladder.svg"
@@ -18,7 +19,6 @@ PUBLISHED = "#b0552f"
 LOW, HIGH = 5e4, 1e9  # bytes
 WIDTH, LEFT, RIGHT, TOP = 920, 170, 100, 64
 BAR, RUNG = 14, 66  # height of a bar, and of a rung with its space
-INK, FAINT, RULE = "#1d1c1a", "#6b6862", "#e4e1da"
 
 
 def documents(rows: list[dict[str, Any]]) -> dict[Path, str]:
@@ -49,12 +49,12 @@ def x_of(size: float) -> float:
 
 
 def _rung(row: dict[str, Any], top: float) -> list[str]:
-    parts = [_text(LEFT - 12, top + 1.5 * BAR + 4, row["method"], INK, "end")]
+    parts = [text(LEFT - 12, top + 1.5 * BAR + 4, row["method"], INK, "end")]
     for place, (field, _, colour) in enumerate(BARS):
         if row.get(field) is not None:
             y, end = top + place * BAR, x_of(row[field])
             parts.append(f'<rect x="{LEFT}" y="{y}" width="{end - LEFT:.1f}" height="{BAR - 2}" fill="{colour}"/>')
-            parts.append(_text(end + 6, y + BAR - 4, format_bytes(row[field]), FAINT, "start", 11))
+            parts.append(text(end + 6, y + BAR - 4, format_bytes(row[field]), FAINT, "start", 11))
     x = x_of(row["published_bytes"])
     parts.append(f'<path d="M{x:.1f} {top - 4} v{3 * BAR + 6}" stroke="{PUBLISHED}" stroke-width="2.5"/>')
     return parts
@@ -66,7 +66,7 @@ def _axis(bottom: float) -> list[str]:
         x = x_of(10**power)
         name = {5: "100 KB", 6: "1 MB", 7: "10 MB", 8: "100 MB", 9: "1 GB"}[power]
         parts.append(f'<path d="M{x:.1f} {TOP - 12} V{bottom}" stroke="{RULE}"/>')
-        parts.append(_text(x, bottom + 16, name, FAINT, "middle"))
+        parts.append(text(x, bottom + 16, name, FAINT, "middle"))
     return parts
 
 
@@ -74,12 +74,8 @@ def _legend() -> list[str]:
     parts, x = [], LEFT
     for _, name, colour in BARS:
         parts.append(f'<rect x="{x}" y="20" width="12" height="12" fill="{colour}"/>')
-        parts.append(_text(x + 18, 31, name, INK, "start"))
+        parts.append(text(x + 18, 31, name, INK, "start"))
         x += 34 + 7 * len(name)
     parts.append(f'<path d="M{x + 6} 17 v18" stroke="{PUBLISHED}" stroke-width="2.5"/>')
-    parts.append(_text(x + 18, 31, "published", INK, "start"))
+    parts.append(text(x + 18, 31, "published", INK, "start"))
     return parts
-
-
-def _text(x: float, y: float, text: str, colour: str, anchor: str, size: int = 13) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}" font-size="{size}">{text}</text>'
