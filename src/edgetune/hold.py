@@ -103,12 +103,13 @@ class Held:
             return _Plain(x.detach())
         if x.dtype not in WRITTEN or x.is_neg() or x.numel() == 0 or memory.plain:
             return self._as_it_is(x, memory)
-        rows, place, strides = _laid_out(x)
+        rows, place = _laid_out(x)
         written = next((each for each in memory.written if each.place.has(place)), None)
         written = written or self._write(rows, place, memory)
         self._recent.append(rows.numel() * x.element_size())
         if written is None:
             return self._as_it_is(x, memory)
+        strides = x.stride() if written.place.gaps is None else _closed(rows, x)
         return written.view(x.shape, strides, place.start - written.place.start)
 
     def unpack(self, kept: _Plain | _View) -> torch.Tensor:
@@ -166,24 +167,29 @@ class Held:
         if codec.refuse(x) is not None:
             return None
         mask = None if codec.keeps_zeros or not _is_rectified(x) else kernels.mask_pack(x, 0.0, torch.inf)
-        written = _Written(place, memory, codec.encode(x), rows.shape, codec, mask)
+        packed = codec.encode(x)
+        if packed.untyped_storage()._cdata == rows.untyped_storage()._cdata:  # the very memory, seen as bytes
+            packed = packed.clone()
+        written = _Written(place, memory, packed, rows.shape, codec, mask)
         return written if written.nbytes <= min(rows.numel() * rows.element_size(), memory.nbytes) else None
 
 
 class _Place(NamedTuple):
-    """Which numbers of a memory, and when: `count` from `start` on, or with gaps as `sizes` and `strides` say."""
+    """Which numbers of a memory, and when: from `start` to before `stop` all of them, or with gaps `count` of them, as
+    sizes and strides say."""
 
     version: int
     dtype: torch.dtype
     start: int
+    stop: int
     count: int
     gaps: tuple[tuple[int, ...], tuple[int, ...]] | None
 
     def has(self, other: _Place) -> bool:
         """Whether the other's numbers are among these, and not too few of them."""
-        if self.gaps or other.gaps or self[:2] != other[:2]:
+        if self.gaps is not None:
             return self == other
-        inside = self.start <= other.start and other.start + other.count <= self.start + self.count
+        inside = self[:2] == other[:2] and self.start <= other.start and other.stop <= self.stop
         return inside and SHARE * other.count >= self.count
 
 
@@ -204,8 +210,12 @@ class _Plain:
     def __init__(self, tensor: torch.Tensor, memory: _Memory | None = None) -> None:
         self.tensor, self.version, self.memory = tensor, tensor._version, memory
 
+    @property
+    def changed(self) -> bool:
+        return self.tensor._version != self.version
+
     def read(self) -> torch.Tensor:
-        if self.tensor._version != self.version:
+        if self.changed:
             raise EdgetuneError(f"a tensor of shape {tuple(self.tensor.shape)} that backward needs was changed in place "
                                 "after the forward pass: run backward first, or change a copy")
         return self.tensor
@@ -224,7 +234,7 @@ class _Written:
     mask: torch.Tensor | None = None
     views: weakref.WeakSet[_View] = field(default_factory=weakref.WeakSet)
     waiting: weakref.WeakSet[_View] = field(default_factory=weakref.WeakSet)
-    values: torch.Tensor | None = None
+    open: _Plain | None = None
 
     @property
     def nbytes(self) -> int:
@@ -237,16 +247,16 @@ class _Written:
 
     def read(self, view: _View) -> torch.Tensor:
         """The values, decoded once for all views that still wait for them."""
-        values = self.values
-        if values is None or values._version:  # a custom function may have written into what it was given
-            values, self.waiting = self._decoded(), weakref.WeakSet(self.views)
+        values = self.open
+        if values is None or values.changed:  # a custom function may have written into what it was given
+            values, self.waiting = _Plain(self._decoded()), weakref.WeakSet(self.views)
         self.waiting.discard(view)
-        self.values = values if self.waiting else None
-        return values
+        self.open = values if self.waiting else None
+        return values.tensor
 
     def close(self) -> None:
         """Let go of what was decoded."""
-        self.values = None
+        self.open = None
 
     def _decoded(self) -> torch.Tensor:
         if self.codec is None:
@@ -283,22 +293,26 @@ def _is_rectified(x: torch.Tensor) -> bool:
     return bool((x >= 0).all()) and bool((x == 0).any())
 
 
-def _laid_out(x: torch.Tensor) -> tuple[torch.Tensor, _Place, tuple[int, ...]]:
-    """The values of x (n ...) in memory order, each once; their place; the strides of x in what is written."""
+def _laid_out(x: torch.Tensor) -> tuple[torch.Tensor, _Place]:
+    """The values of x (n ...) in memory order, each once, and their place."""
     core = x.as_strided([1 if stride == 0 else size for size, stride in zip(x.shape, x.stride())], x.stride())
-    order = _memory_order(core)
-    rows, start = core.permute(order), core.storage_offset()
-    if rows.is_contiguous():
-        return rows, _Place(x._version, x.dtype, start, rows.numel(), None), x.stride()
-    compact = torch.empty(rows.shape, device="meta").permute([order.index(axis) for axis in range(x.dim())])
-    place = _Place(x._version, x.dtype, start, rows.numel(), (tuple(core.shape), core.stride()))
-    return rows, place, compact.expand(x.shape).stride()
+    rows, start = core.permute(_memory_order(core)), core.storage_offset()
+    stop = start + 1 + sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride()))
+    gaps = None if rows.is_contiguous() else (tuple(core.shape), core.stride())
+    return rows, _Place(x._version, x.dtype, start, stop, rows.numel(), gaps)
+
+
+def _closed(rows: torch.Tensor, x: torch.Tensor) -> tuple[int, ...]:
+    """The strides of x over its values without the gaps, as `rows` lie when they are contiguous."""
+    order = _memory_order(x)
+    closed = torch.empty(rows.shape, device="meta").permute([order.index(axis) for axis in range(x.dim())])
+    return closed.expand(x.shape).stride()
 
 
 def _memory_order(x: torch.Tensor) -> list[int]:
-    """The axes from the slowest to the fastest; one of length 1 stays behind the axis in front of it."""
+    """The axes from the slowest to the fastest; one of a single number stays behind the axis in front of it."""
     strides, last = [], float("inf")
     for size, stride in zip(x.shape, x.stride()):
-        last = stride if size > 1 else last
+        last = stride if size > 1 and stride else last
         strides.append(last)
     return sorted(range(x.dim()), key=lambda axis: -strides[axis])
