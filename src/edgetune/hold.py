@@ -18,10 +18,11 @@ The error
     A layer that is not ours has no law that says how far its gradient is off, and a value is written before it is
     known who reads it: COMET stays at its `start`, a bound in root mean squares of the values, and learns nothing.
     Where a weight's gradient is linear in what is kept (linear layers, convolutions) that puts on it the noise that
-    the page of COMET states, with zero mean; or of LowBit. Masks of ReLUs are exact, with a bit a value beside codecs
-    that do not keep zeros. Whatever reads slopes or products of kept values (GELU, softmax, norms, attention) passes
-    an error on to the gradients in front of it; with 2 bits that is large. Compute the loss outside of `hold`, so that
-    the gradient of the output is exact.
+    the page of COMET states, with zero mean; or that of LowBit. Whatever reads slopes or products of kept values (GELU,
+    softmax, norms, attention) passes an error on to all gradients in front of it, and over many layers these add up.
+    Masks of ReLUs are exact, with a bit a value where the codec does not keep zeros. Slopes that are read off a sign in
+    an input (ReLU6, leaky ReLU) are exact with COMET only, and what looks for equal numbers (amax) divides by zero.
+    Compute the loss outside of `hold`, so that the gradient of the output is exact.
 
 Memory that is changed in place is told apart by torch's version counters, so not where `.data` is written to. Backward
 of backward goes through, with the same errors. `torch.compile` decides by itself what is kept.
@@ -74,8 +75,9 @@ class Held:
     def __init__(self, model: nn.Module, how: CodedMethod | Codec) -> None:
         self._how, self._model = how, model
         self._memories = weakref.WeakValueDictionary[int, _Memory]()
-        self._written, self._plain = weakref.WeakSet[_Written](), weakref.WeakSet[_Plain]()
-        self._recent, self._open = deque[int](maxlen=NEARBY), _nothing
+        self._written = weakref.WeakSet[_Written]()
+        self._plain = weakref.WeakKeyDictionary[_Plain, _Memory]()
+        self._recent, self._open = deque[int](maxlen=NEARBY), list[weakref.ref[_Written]]()
         self._left: list[_Memory] = []
         self._leave([*model.parameters(), *model.buffers()])
 
@@ -88,7 +90,7 @@ class Held:
     @property
     def plain_bytes(self) -> int:
         """Bytes that torch would keep now of the same values: the memories in which they lay."""
-        return sum({id(each.memory): each.memory.nbytes for each in (*self._written, *self._plain)}.values())
+        return sum(memory.nbytes for memory in {*(each.memory for each in self._written), *self._plain.values()})
 
     def leave_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook in front of the model's forward: what nothing was computed for stays as it is."""
@@ -116,10 +118,11 @@ class Held:
         """x, or what came back of it."""
         if isinstance(kept, _Plain):
             return kept.read()
-        last = self._open()
-        if last is not None and last is not kept.written:
-            last.close()
-        self._open = weakref.ref(kept.written)
+        for reference in self._open:  # one value at a time stays decoded for those that follow
+            last = reference()
+            if last is not None and last is not kept.written:
+                last.open = None
+        self._open = [weakref.ref(kept.written)]
         return kept.read()
 
     def _memory(self, x: torch.Tensor) -> _Memory:
@@ -130,9 +133,10 @@ class Held:
         return memory
 
     def _leave(self, tensors: list[torch.Tensor]) -> None:
-        for memory in map(self._memory, filter(_has_memory, tensors)):
+        given = [self._memory(x) for x in tensors if _has_memory(x)]
+        for memory in given:
             memory.given = True
-            self._left.append(memory)
+        self._left = [memory for memory in self._left if memory.storage() is not None] + given
 
     def _is_given(self, x: torch.Tensor, memory: _Memory) -> bool:
         """Whether x is a parameter, a buffer, an input, or what autocast made of a parameter."""
@@ -143,9 +147,9 @@ class Held:
             p.shape == base.shape and torch.equal(p.to(base.dtype), base) for p in self._model.parameters())
 
     def _as_it_is(self, x: torch.Tensor, memory: _Memory) -> _Plain:
-        kept = _Plain(x.detach(), memory)
+        kept = _Plain(x.detach())
         memory.plain.add(kept)
-        self._plain.add(kept)
+        self._plain[kept] = memory
         return kept
 
     def _write(self, rows: torch.Tensor, place: _Place, memory: _Memory) -> _Written | None:
@@ -175,14 +179,14 @@ class Held:
 
 
 class _Place(NamedTuple):
-    """Which numbers of a memory, and when: from `start` to before `stop` all of them, or with gaps `count` of them, as
+    """Which numbers of a memory, and when: all from `start` to before `stop`, or with gaps so many `numbers` of them, as
     sizes and strides say."""
 
     version: int
     dtype: torch.dtype
     start: int
     stop: int
-    count: int
+    numbers: int
     gaps: tuple[tuple[int, ...], tuple[int, ...]] | None
 
     def has(self, other: _Place) -> bool:
@@ -190,7 +194,7 @@ class _Place(NamedTuple):
         if self.gaps is not None:
             return self == other
         inside = self[:2] == other[:2] and self.start <= other.start and other.stop <= self.stop
-        return inside and SHARE * other.count >= self.count
+        return inside and SHARE * other.numbers >= self.numbers
 
 
 @dataclass(eq=False)
@@ -207,8 +211,8 @@ class _Memory:
 class _Plain:
     """A tensor as it is; with the hooks in place torch does not look whether it was changed, so this does."""
 
-    def __init__(self, tensor: torch.Tensor, memory: _Memory | None = None) -> None:
-        self.tensor, self.version, self.memory = tensor, tensor._version, memory
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
 
     @property
     def changed(self) -> bool:
@@ -216,8 +220,8 @@ class _Plain:
 
     def read(self) -> torch.Tensor:
         if self.changed:
-            raise EdgetuneError(f"a tensor of shape {tuple(self.tensor.shape)} that backward needs was changed in place "
-                                "after the forward pass: run backward first, or change a copy")
+            raise EdgetuneError(f"a tensor of shape {tuple(self.tensor.shape)} that backward needs was changed in "
+                                "place after the forward pass: run backward first, or change a copy")
         return self.tensor
 
 
@@ -254,10 +258,6 @@ class _Written:
         self.open = values if self.waiting else None
         return values.tensor
 
-    def close(self) -> None:
-        """Let go of what was decoded."""
-        self.open = None
-
     def _decoded(self) -> torch.Tensor:
         if self.codec is None:
             return self.packed.clone()
@@ -280,10 +280,6 @@ class _View:
         return self.written.read(self).as_strided(self.shape, self.strides, self.offset)
 
 
-def _nothing() -> _Written | None:
-    return None
-
-
 def _has_memory(x: torch.Tensor) -> bool:
     """Whether x is an ordinary tensor: no subclass with a life of its own, not sparse, not on meta."""
     return type(x) in (torch.Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_meta
@@ -296,7 +292,7 @@ def _is_rectified(x: torch.Tensor) -> bool:
 def _laid_out(x: torch.Tensor) -> tuple[torch.Tensor, _Place]:
     """The values of x (n ...) in memory order, each once, and their place."""
     core = x.as_strided([1 if stride == 0 else size for size, stride in zip(x.shape, x.stride())], x.stride())
-    rows, start = core.permute(_memory_order(core)), core.storage_offset()
+    rows, start = core.permute(_memory_order(core)), int(core.storage_offset())
     stop = start + 1 + sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride()))
     gaps = None if rows.is_contiguous() else (tuple(core.shape), core.stride())
     return rows, _Place(x._version, x.dtype, start, stop, rows.numel(), gaps)
