@@ -335,6 +335,21 @@ class TestMemory:
         with pytest.raises(EdgetuneError, match=r"shape \(4, 4\).*changed in place"):
             out.sum().backward()
 
+    @pytest.mark.parametrize("count", [10, 1000])
+    def test_of_a_result_that_is_saved_goes_with_the_graph(self, count: int) -> None:
+        with hold(nn.Identity(), Int8()):
+            y = torch.tanh(torch.randn(count, requires_grad=True) * 2)
+        memory = weakref.ref(y.untyped_storage())
+        del y
+        assert memory() is None
+
+    def test_of_earlier_inputs_is_forgotten(self) -> None:
+        model = nn.Linear(4, 4)
+        with hold(model, Int8()) as held:
+            for _ in range(9):
+                model(torch.randn(3, 4)).sum().backward()
+        assert len(held._left) == len(held._memories) == 3  # weight, bias and the last input
+
     @pytest.mark.parametrize("where", ["forward", "backward"])
     def test_is_let_go_of_after_an_error(self, where: str) -> None:
         class Failing(torch.autograd.Function):
@@ -521,6 +536,18 @@ class TestValues:
         back = held.unpack(held.pack(x))
         assert torch.equal(back > 0, x > 0) and torch.equal(back == 0, x == 0)
 
+    def test_beside_others_that_stay_cost_nothing(self) -> None:
+        x, held = torch.randn(40, 50), held_by(COMET())
+        x[0, 0] = torch.nan
+        kept = [held.pack(x), held.pack(x[1:])]
+        assert held.kept_bytes == x.nbytes and torch.equal(held.unpack(kept[1]), x[1:])
+
+    def test_reach_the_codec_sample_by_sample(self) -> None:
+        values = torch.randn(8, 9, 10, 1) * torch.arange(1, 9).view(8, 1, 1, 1)
+        for x in (values.permute(3, 0, 1, 2), values, values[None, ..., 0].repeat(2, 1, 1, 1)):
+            held = held_by(Int8())
+            assert torch.equal(held.unpack(held.pack(x)), Int8().decode(Int8().encode(x.contiguous()), x.shape))
+
     def test_statistics_stay(self) -> None:
         held, x = held_by(LowBit()), torch.randn(40, 10, 32)
         mean = x.mean(-1, keepdim=True)
@@ -529,8 +556,9 @@ class TestValues:
 
     def test_of_real_and_imaginary_parts(self) -> None:
         held, x = held_by(Float32()), torch.randn(40, 50, dtype=torch.complex64)
-        for part in (x.conj().imag, x.real, torch.view_as_real(x)):
-            assert torch.equal(held.unpack(held.pack(part)), part)
+        parts = (x.imag, x.conj().imag, x.real, torch.view_as_real(x))
+        kept = [held.pack(part) for part in parts]
+        assert all(torch.equal(held.unpack(each), part) for each, part in zip(kept, parts))
 
 
 class TestGiven:

@@ -179,7 +179,7 @@ class Held:
 
 
 class _Place(NamedTuple):
-    """Which numbers of a memory, and when: all from `start` to before `stop`, or with gaps so many `numbers` of them, as
+    """Which numbers of a memory, and when: all from `start` to before `stop`, or with gaps as many as `numbers`, as
     sizes and strides say."""
 
     version: int
