@@ -429,6 +429,17 @@ class TestUse:
         loss.backward()
         agree({n: p.grad / 2 for n, p in model.named_parameters()}, expected)
 
+    def test_several_forward_passes_before_backward(self) -> None:
+        model, x, y = network("resnet20", 4)  # norms move their running statistics in between
+        found = []
+        for around in (torch.enable_grad(), hold(model, Float32())):
+            model.zero_grad()
+            with around:
+                losses = [F.cross_entropy(model(part), y[:2]) for part in x.split(2)]
+            sum(losses).backward()
+            found.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        agree(found[1], found[0])
+
     @pytest.mark.parametrize("inside", [False, True])
     def test_backward_of_backward(self, inside: bool) -> None:
         model = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 40), nn.Softplus(), nn.Linear(40, 1))
@@ -543,7 +554,7 @@ class TestValues:
         assert held.kept_bytes == x.nbytes and torch.equal(held.unpack(kept[1]), x[1:])
 
     def test_reach_the_codec_sample_by_sample(self) -> None:
-        values = torch.randn(8, 9, 10, 1) * torch.arange(1, 9).view(8, 1, 1, 1)
+        values = torch.randn(8, 9, 20, 1) * torch.arange(1, 9).view(8, 1, 1, 1)
         for x in (values.permute(3, 0, 1, 2), values, values[None, ..., 0].repeat(2, 1, 1, 1)):
             held = held_by(Int8())
             assert torch.equal(held.unpack(held.pack(x)), Int8().decode(Int8().encode(x.contiguous()), x.shape))

@@ -59,7 +59,8 @@ SHARE = 4
 @contextmanager
 def hold(model: nn.Module, how: CodedMethod | Codec) -> Iterator[Held]:
     """Inside, what forward passes keep for backward is written as `how` says: a method such as COMET() or LowBit(),
-    or a codec. Backward passes may run inside or outside, more than once where the graph is retained."""
+    or a codec. Backward passes may run inside or outside, more than once where the graph is retained; they raise
+    EdgetuneError where a parameter, or what else is left as it is, has been changed in place since."""
     held = Held(model, how)
     handle = model.register_forward_pre_hook(held.leave_inputs, with_kwargs=True)
     try:
