@@ -68,7 +68,7 @@ def test_alone_is_what_a_plan_of_that_layer_gives(name: str, method: Method) -> 
     model, graph, x = small(name)
     convs = [call for call in graph.layers("conv") if method.refuse(call) is None]
     reference = Reference(model, graph)
-    alone = reference.alone({call.name: method for call in convs})
+    alone = reference.alone({call.name: (method,) for call in convs})
     exact, tape = reference.run(x, BATCH, len(x), [alone])
     for layer, weight in reference.weights.items():
         torch.testing.assert_close(exact[layer], by_autograd(model, x)[weight], rtol=1e-9, atol=1e-12)

@@ -12,11 +12,14 @@ from torch import nn
 
 import edgetune as et
 from edgetune import prospect
+from edgetune.contract import KeptMethod
 from edgetune.errors import BudgetError, PlanError
 from edgetune.knapsack import total_of
+from edgetune.methods.backward.comet import COMET
 from edgetune.methods.backward.exact import Exact
+from edgetune.methods.backward.low_bit import LowBit
 from edgetune.methods.backward.pooled_chain import PooledChain
-from edgetune.plan import Budget, Planner, last_layers, plan
+from edgetune.plan import Budget, Planner, best, last_layers, plan
 from edgetune.profile import measure, profile
 from macs import times_that_count_macs
 from nets import NETS, block, scramble
@@ -179,3 +182,33 @@ def test_both_limits_take_few_predictions_and_no_question_twice(planner: Planner
         asked.clear()
         planner.find(Budget(memory_bytes=int(share * peak), step_ms=between(planner, budget)))
         assert len(asked) == len(set(asked)) <= 6
+
+
+@pytest.mark.parametrize("hold", [*LowBit.choices(), *COMET.choices()], ids=lambda own: own.label)
+def test_plans_that_hold_what_they_keep_hold_their_budget_on_any_data(hold: KeptMethod) -> None:
+    """Noise is less compressible than what the plan was made for."""
+    model, x, y = scramble(NETS["Residual"]()), torch.zeros(16, 3, 32, 32), torch.arange(16) % 5
+    x[:, :, 8:12, 8:12] = torch.randn(16, 3, 4, 4)
+    budget = int(0.5 * profile(model, x).peak_bytes)
+    made = Planner(model, x, (x, y), hold=hold).plan(Budget(memory_bytes=budget))
+    assert any(hold in stack for stack in made.layers.values())
+    et.apply(model, made)
+    for data in (x, 100 * torch.randn(x.shape)):
+        assert measure(model, data, y, micro_batch=made.micro_batch, repeats=1).peak_bytes <= budget
+
+
+def test_what_is_held_is_weighed_against_what_is_not() -> None:
+    model, x, y = scramble(NETS["Residual"]()), torch.randn(16, 3, 64, 64), torch.arange(16) % 5
+    planners = [Planner(model, x, (x, y), hold=hold) for hold in (None, *LowBit.choices())]
+    budgets = [Budget(memory_bytes=int(share * profile(model, x[:1]).peak_bytes)) for share in (0.6, 20)]
+    for budget in budgets:
+        planner, found = best(planners, budget)
+        assert found.total.gain == max(each.find(budget).total.gain for each in planners)
+        assert found.made == planner.plan(budget)
+    assert best(planners, budgets[1])[0] is planners[0]
+
+
+def test_methods_of_whole_runs_hold_what_they_keep(case: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
+    model, x, y = case
+    held = Planner(model, x, (x, y), methods=(Exact(), PooledChain(patch_px=2)), hold=LowBit())
+    assert held.prospect.methods == (Exact(),)

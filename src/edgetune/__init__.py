@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgetune.data import Dataset, Preprocess, load_data
     from edgetune.errors import EdgetuneError
     from edgetune.graph import Graph, trace
+    from edgetune.hold import hold
     from edgetune.models import load_model, load_weights
     from edgetune.plan import Budget, last_layers, plan
     from edgetune.profile import Cost, measure, profile
@@ -48,6 +49,7 @@ _HOMES = {
     "load_data": "data",
     "Cache": "cache",
     "Run": "run",
+    "hold": "hold",
     "train": "train",
     "report": "report",
 }
@@ -65,6 +67,7 @@ __all__ = [
     "Plan",
     "apply",
     "Undo",
+    "hold",
     "train",
     "Cache",
     "Run",

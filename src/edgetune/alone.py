@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from edgetune.apply import claim
-from edgetune.contract import Method, Needs, Plan, Segment
+from edgetune.apply import claim, remembering
+from edgetune.contract import Method, Needs, Plan, Segment, Tensors
 from edgetune.graph import Graph, follow
 
 Gradients = dict[str, torch.Tensor]
 """Weight gradient (o i u v) of each convolution, by layer."""
-Alone = Mapping[str, Sequence[Segment]]
-"""The segments that a method makes of each layer where it is the only one to learn."""
+
+
+@dataclass(frozen=True)
+class Solo:
+    """The segments that methods make of a layer where it is the only one to learn, and what they remember of it."""
+
+    segments: Sequence[Segment]
+    state: Tensors
+
+
+Alone = Mapping[str, Solo]
+"""Of each layer."""
 
 
 def add_to(sums: Gradients, layer: str, more: torch.Tensor) -> None:
@@ -37,17 +48,19 @@ class Reference:
         self.weights = {call.name: call.params["weight"] for call in graph.layers("conv")}
         self.tensors = dict((*self.twin.named_parameters(), *self.twin.named_buffers()))
 
-    def alone(self, methods: Mapping[str, Method]) -> Alone:
-        """What each layer's method makes of it; nothing where layers cannot be followed."""
+    def alone(self, stacks: Mapping[str, Sequence[Method]]) -> Alone:
+        """What each layer's methods make of it; nothing where layers cannot be followed."""
         if self.flow is None:
             return {}
-        found = {name: _segments(self.graph, name, method) for name, method in methods.items()}
-        return {name: segments for name, segments in found.items() if segments}
+        found = {name: _solo(self.graph, name, stack, self.tensors[self.weights[name]].device)
+                 for name, stack in stacks.items()}
+        return {name: solo for name, solo in found.items() if solo.segments}
 
     def run(self, x: torch.Tensor, y: torch.Tensor, count: int, wanted: Sequence[Alone] = ()) -> tuple[Gradients, Tape]:
         """Exact gradients of the mean loss over `count` samples, of which x (n c h w), y (n) are a part; their tape."""
         self.twin.zero_grad()
-        nodes = {n for alone in wanted for own in alone.values() for each in own for n in (*each.inputs, *each.outputs)}
+        nodes = {n for alone in wanted for own in alone.values()
+                 for each in own.segments for n in (*each.inputs, *each.outputs)}
         tape = Tape(nodes)
         out = self.twin(x) if self.flow is None or not nodes else _Watched(self.twin, self.flow, tape).run(x)
         (F.cross_entropy(out, y, reduction="sum") / count).backward()  # type: ignore[no-untyped-call]
@@ -57,14 +70,14 @@ class Reference:
     def gradients(self, alone: Alone, tape: Tape) -> Gradients:
         """Those of every layer by its own method, from exact maps and gradients."""
         found = Gradients()
-        for layer, segments in alone.items():
-            for segment in segments:
-                add_to(found, layer, self._gradient(segment, tape, self.weights[layer]))
+        for layer, solo in alone.items():
+            for segment in solo.segments:
+                add_to(found, layer, self._gradient(segment, solo.state, tape, self.weights[layer]))
         return found
 
     @torch.no_grad()
-    def _gradient(self, segment: Segment, tape: Tape, weight: str) -> torch.Tensor:
-        params = {name: self.tensors[name].detach() for name in segment.params}
+    def _gradient(self, segment: Segment, state: Tensors, tape: Tape, weight: str) -> torch.Tensor:
+        params = {**{name: self.tensors[name].detach() for name in segment.params}, **state}
         needs = Needs(tuple(False for _ in segment.inputs), frozenset({weight}))
         _, kept = segment.rule.forward(segment, [tape.values[node] for node in segment.inputs], params, needs)
         gys = [tape.gradients[node] for node in segment.outputs]
@@ -98,8 +111,10 @@ class _Watched(fx.Interpreter):
         return out
 
 
-def _segments(graph: Graph, layer: str, method: Method) -> list[Segment]:
-    """Those of a plan in which only this layer learns, and by the method, that hold its calls."""
-    plan = Plan(input_shape=graph.input_shape, layers={layer: (method,)}, learns={layer: ("weight",)})
-    return [segment for segment in claim(graph, plan) if any(call.name == layer for call in segment.calls)
-            and all(call.followed for call in segment.calls)]
+def _solo(graph: Graph, layer: str, stack: Sequence[Method], device: torch.device) -> Solo:
+    """What a plan in which only this layer learns, and by these methods, makes of its calls."""
+    plan = Plan(input_shape=graph.input_shape, layers={layer: tuple(stack)}, learns={layer: ("weight",)})
+    graph, state = remembering(graph, plan)
+    segments = [segment for segment in claim(graph, plan) if any(call.name == layer for call in segment.calls)
+                and all(call.followed for call in segment.calls)]
+    return Solo(segments, {name: tensor.to(device) for name, tensor in state.items()})

@@ -83,10 +83,11 @@ def apply(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
 
 @contextmanager
 def prepared(model: nn.Module, graph: Graph, plan: Plan) -> Iterator[Graph]:
-    """The graph that knows of the parameters which learn in place of a layer's own; inside, the model has them."""
+    """The graph that knows of the parameters which learn in place of a layer's own, and of what methods remember;
+    inside, the model has them."""
     undo = Undo()
     try:
-        yield _prepare(model, graph, plan, undo)
+        yield _remember(model, _prepare(model, graph, plan, undo), plan, undo)
     finally:
         undo()
 
@@ -292,20 +293,32 @@ def _prepare(model: nn.Module, graph: Graph, plan: Plan, undo: Undo) -> Graph:
         for call in graph.calls)})
 
 
-def _remember(model: nn.Module, graph: Graph, plan: Plan, undo: Undo) -> Graph:
-    """Give layers the buffers in which methods remember what they need of them; gives the graph that knows of these."""
+def remembering(graph: Graph, plan: Plan) -> tuple[Graph, dict[str, torch.Tensor]]:
+    """What methods remember of the layers that the plan gives to them, as it is at first, by qualified name; with the
+    graph that knows of these names."""
     added: dict[str, dict[str, str]] = {}
+    state: dict[str, torch.Tensor] = {}
     for call in graph.layers():
         if call.name in added:
             continue
         for method in plan.layers.get(call.name, ()):
-            module = model.get_submodule(call.name)
             for role, tensor in method.state_of(call).items():
-                module.register_buffer(role, tensor.to(next(module.parameters()).device), persistent=False)
-                undo.add(partial(module.__delattr__, role))
-                added.setdefault(call.name, {})[role] = qualified(call.name, role)
+                name = added.setdefault(call.name, {})[role] = qualified(call.name, role)
+                state[name] = tensor
     return graph.model_copy(update={"calls": tuple(
-        call.model_copy(update={"state": added[call.name]}) if call.name in added else call for call in graph.calls)})
+        call.model_copy(update={"state": added[call.name]}) if call.name in added else call
+        for call in graph.calls)}), state
+
+
+def _remember(model: nn.Module, graph: Graph, plan: Plan, undo: Undo) -> Graph:
+    """Give layers what methods remember of them, as buffers; gives the graph that knows of these."""
+    graph, state = remembering(graph, plan)
+    for name, tensor in state.items():
+        layer, _, role = name.rpartition(".")
+        module = model.get_submodule(layer)
+        module.register_buffer(role, tensor.to(next(module.parameters()).device), persistent=False)
+        undo.add(partial(module.__delattr__, role))
+    return graph
 
 
 def _choose_what_learns(model: nn.Module, plan: Plan, undo: Undo) -> None:

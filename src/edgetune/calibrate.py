@@ -14,8 +14,8 @@ from torch import nn
 
 from edgetune.alone import Gradients, Reference, add_to
 from edgetune.apply import apply
-from edgetune.contract import Method, Plan, qualified
-from edgetune.draft import draft
+from edgetune.contract import KeptMethod, Method, Plan, qualified
+from edgetune.draft import draft, held_by
 from edgetune.graph import Call, Graph
 
 CHUNK = 2
@@ -50,12 +50,12 @@ class Calibration:
 
 
 def calibrate(model: nn.Module, graph: Graph, batch: tuple[torch.Tensor, torch.Tensor],
-              methods: Sequence[Method], chunk: int = CHUNK) -> Calibration:
+              methods: Sequence[Method], chunk: int = CHUNK, hold: KeptMethod | None = None) -> Calibration:
     """Compare each method's weight gradients with the exact ones on parts of the batch x (n c h w), y (n).
 
     A method of which only a part of the weight learns has that part where the exact gradients are largest. Methods
-    that say to be exact on this network are not run. The model itself is left untouched; `chunk` samples go through at
-    a time, so that a small device can calibrate too.
+    that say to be exact on this network are not run, unless `hold` says how what they keep is held. The model itself is
+    left untouched; `chunk` samples go through at a time, so that a small device can calibrate too.
     """
     x, y = batch
     reference, energy, taps = Reference(model, graph), Gradients(), Gradients()
@@ -64,7 +64,7 @@ def calibrate(model: nn.Module, graph: Graph, batch: tuple[torch.Tensor, torch.T
             add_to(energy, layer, g.double().square())
             add_to(taps, layer, _by_taps(g).T @ _by_taps(g))
     even = {layer: _evening(products) for layer, products in taps.items()}
-    trials = [_Trial(model, graph, method, reference, energy) for method in methods]
+    trials = [_Trial(model, graph, (method, hold), reference, energy) for method in methods]
     running = [trial for trial in trials if trial.differs]
     for part in torch.arange(len(x)).split(chunk) if running else ():
         exact, tape = reference.run(x[part], y[part], len(x), [trial.segments for trial in running])
@@ -109,19 +109,22 @@ class _Cosines:
 
 
 class _Trial:
-    """One method, run beside the exact gradients unless it says to be exact."""
+    """One method, with how what it keeps is held, run beside the exact gradients unless it says to be exact."""
 
-    def __init__(self, model: nn.Module, graph: Graph, method: Method, reference: Reference,
+    def __init__(self, model: nn.Module, graph: Graph, way: tuple[Method, KeptMethod | None], reference: Reference,
                  energy: Gradients) -> None:
-        self.method, self.energy, self.together, self.alone = method, energy, _Cosines(), _Cosines()
+        (method, hold), self.energy, self.together, self.alone = way, energy, _Cosines(), _Cosines()
+        self.method = method
         self.convs = {call.name: call for call in graph.layers("conv")}
         self.own = {name: method.placed(energy[name].sqrt(), call.geometry) for name, call in self.convs.items()
                     if name in energy and call.geometry is not None and method.refuse(call) is None}
-        self.differs = not method.exact_on(graph)
+        self.differs = not method.exact_on(graph) or hold is not None
         if self.differs:
-            self.segments = {} if method.learns_as else reference.alone(self.own)
+            held = () if hold is None else (hold,)
+            self.segments = {} if method.learns_as else reference.alone(
+                {name: (own, *held) for name, own in self.own.items()})
             settings = {call.node: self.own[call.name] for call in graph.layers("conv") if call.name in self.own}
-            plan = draft(graph, settings, frozenset(call.node for call in graph.layers("conv")))
+            plan = held_by(draft(graph, settings, frozenset(call.node for call in graph.layers("conv"))), graph, hold)
             self.twin = copy.deepcopy(model)
             apply(self.twin, plan, graph)
             self.twin.eval()

@@ -213,6 +213,11 @@ class KeptMethod(Method):
     family = "kept"
 
     @classmethod
+    def choices(cls) -> tuple[KeptMethod, ...]:
+        """The settings that a planner weighs."""
+        return (cls(),)
+
+    @classmethod
     def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
         """The segments that it takes of the layers which the plan gives to it, in what other methods have left."""
         raise TypeError(f"method '{cls.method}' declares no claim")

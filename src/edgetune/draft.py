@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from edgetune.contract import Method, Plan
+from edgetune.contract import KeptMethod, Method, Plan
 from edgetune.errors import PlanError
 from edgetune.graph import Call, Graph
 
@@ -46,6 +46,15 @@ def draft(graph: Graph, settings: Mapping[str, Method], learning: frozenset[str]
     for call in graph.layers("linear"):
         learns[call.name] = _roles(call, ("weight", "bias"))
     return Plan(input_shape=graph.input_shape, layers=layers, learns=learns)
+
+
+def held_by(plan: Plan, graph: Graph, hold: KeptMethod | None) -> Plan:
+    """The plan in which `hold` says how its convolutions hold what they keep; the same plan where it is None."""
+    if hold is None:
+        return plan
+    convs = {call.name for call in graph.layers("conv")}
+    return plan.model_copy(update={"layers": {
+        name: (*stack, hold) if name in convs else stack for name, stack in plan.layers.items()}})
 
 
 def _roles(call: Call, wanted: tuple[str, ...]) -> tuple[str, ...]:

@@ -49,14 +49,14 @@ def rank_candidates(model: nn.Module, graph: Graph, batch: tuple[torch.Tensor, t
     """
     x, y = batch
     reference = Reference(model, graph)
-    alone = reference.alone({name: Exact() for name in layers})
+    alone = reference.alone({name: (Exact(),) for name in layers})
     missing = [name for name in layers if name not in alone]
     if missing:
         raise PlanError(f"layer '{missing[0]}' is no convolution whose input can be looked at: leave it out, or give "
                         "it ranks by hand")
     exact, tape = reference.run(x, y, len(x), [alone])
-    return {name: [*(_candidate(own, tape, exact[name], energy) for energy in energies), _whole(own, tape)]
-            for name, own in alone.items()}
+    return {name: [*(_candidate(own.segments, tape, exact[name], energy) for energy in energies),
+                   _whole(own.segments, tape)] for name, own in alone.items()}
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from edgetune.contract import Method, Plan
+from edgetune.contract import KeptMethod, Method, Plan
 from edgetune.draft import last_layers
 from edgetune.errors import BudgetError
 from edgetune.methods.backward.exact import Exact
@@ -48,26 +48,38 @@ class Budget(Record):
 
 def plan(model: nn.Module, sample: torch.Tensor, budget: Budget,
          batch: tuple[torch.Tensor, torch.Tensor] | None = None, *, methods: Sequence[Method] = DEFAULT_METHODS,
-         optimizer_copies: int = 1, progress: Progress | None = None) -> Plan:
+         holds: Sequence[KeptMethod] = (), optimizer_copies: int = 1, progress: Progress | None = None) -> Plan:
     """Choose what learns, and how, to gain the most under the budget.
 
     `sample` x (n c h w) is a training batch; `batch` (x, y) calibrates importance and fidelity, by default the sample
     with labels drawn from the model. Among `methods` Exact must be one. Micro-batching is one of the planner's knobs.
-    `progress` hears a sentence when layers have to be timed, which a budget with `step_ms` needs once a machine.
+    Plans that hold what they keep by one of `holds` are weighed against those that keep it as it is. `progress` hears a
+    sentence when layers have to be timed, which a budget with `step_ms` needs once a machine.
     Raises BudgetError, with the smallest budget that works, when not even the head can learn.
     """
-    return Planner(model, sample, batch, methods=methods, optimizer_copies=optimizer_copies,
-                   progress=progress).plan(budget)
+    _, found = best([Planner(model, sample, batch, methods=methods, optimizer_copies=optimizer_copies,
+                             progress=progress, hold=hold) for hold in (None, *holds)], budget)
+    return found.made
+
+
+def best(planners: Sequence[Planner], budget: Budget) -> tuple[Planner, Found]:
+    """The plan that gains most, and the planner that made it: the first of those that tie."""
+    found = [(planner, planner.find(budget)) for planner in planners]
+    return max(found, key=lambda each: each[1].total.gain)
 
 
 class Planner:
-    """Plans for one network under as many budgets as one likes; what `plan` is told of, it is told of once."""
+    """Plans for one network under as many budgets as one likes; what `plan` is told of, it is told of once.
+
+    With `hold` every convolution of its plans holds what it keeps by that. What is held in as many bytes as data ask
+    for counts with the most that its method allows: the method itself keeps to that, whatever data come later.
+    """
 
     def __init__(self, model: nn.Module, sample: torch.Tensor,
                  batch: tuple[torch.Tensor, torch.Tensor] | None = None, *,
                  methods: Sequence[Method] = DEFAULT_METHODS, optimizer_copies: int = 1,
-                 progress: Progress | None = None) -> None:
-        self.prospect = Prospect(model, sample, methods, optimizer_copies, batch, progress)
+                 progress: Progress | None = None, hold: KeptMethod | None = None) -> None:
+        self.prospect = Prospect(model, sample, methods, optimizer_copies, batch, progress, hold)
         self.batch = len(sample)
         self._head_ms: dict[int, float] = {}
 
@@ -218,4 +230,4 @@ class Planner:
         return best
 
 
-__all__ = ["Budget", "Planner", "last_layers", "plan"]
+__all__ = ["Budget", "Planner", "best", "last_layers", "plan"]

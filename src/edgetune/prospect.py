@@ -14,8 +14,8 @@ from torch import nn
 from edgetune import kernels
 from edgetune.apply import apply
 from edgetune.calibrate import Calibration, calibrate, drawn_labels
-from edgetune.contract import Method, Plan
-from edgetune.draft import draft, last_layers
+from edgetune.contract import KeptMethod, Method, Plan
+from edgetune.draft import draft, held_by, last_layers
 from edgetune.errors import PlanError
 from edgetune.graph import Call, trace
 from edgetune.knapsack import Choice, best_choices, total_of
@@ -52,13 +52,15 @@ class Prospect:
     """What does not change while budgets and micro-batches are tried.
 
     `methods` are those given, without what equals another one on this network. `options[i]` are those of convolution
-    i: learning by each method that takes it, then only passing the gradient by each that does so in its own way.
+    i: learning by each method that takes it, then only passing the gradient by each that does so in its own way. With
+    `hold` what they keep is held by that, and methods of whole runs, which keep it in their own way, fall away.
     """
 
     def __init__(self, model: nn.Module, sample: torch.Tensor, methods: Sequence[Method], optimizer_copies: int,
-                 batch: tuple[torch.Tensor, torch.Tensor] | None, progress: Progress | None) -> None:
+                 batch: tuple[torch.Tensor, torch.Tensor] | None, progress: Progress | None,
+                 hold: KeptMethod | None = None) -> None:
         self.model, self.sample, self.copies = model, sample, optimizer_copies
-        self.progress = progress
+        self.progress, self.hold = progress, hold
         self._laps: dict[int, dict[Method, dict[str, Laps]]] = {}
         self._peaks: dict[tuple[str, str], int] = {}
         self._solved: dict[tuple[float | None, float | None, int, bool], Found] = {}
@@ -66,20 +68,23 @@ class Prospect:
         self.graph = trace(model, sample[:1]).model_copy(update={"input_shape": tuple(sample.shape)})
         self.convs = self.graph.layers("conv")
         self.kept: dict[Method, dict[str, tuple[int, int]]] = {}
-        self.methods = self._differing(methods)
+        self.methods = self._differing([m for m in methods if hold is None or not hasattr(m, "claim")])
         batch = batch or (sample, drawn_labels(model, sample))
-        self.worth: Calibration = calibrate(model, self.graph, batch, self.methods)
+        self.worth: Calibration = calibrate(model, self.graph, batch, self.methods, hold=hold)
         self.faith = {method: _faith(*(_squared([cosines.get(call.name, other) for call in self.convs])
                                        for cosines, other in ((gauge.fidelity, 0.0), (gauge.alone, 1.0))))
                       for method, gauge in self.worth.gauges.items()}
         self.options = [self._options_of(call) for call in self.convs]
         self.head = draft(self.graph, {}, frozenset())
 
+    def _held(self, made: Plan) -> Plan:
+        return held_by(made, self.graph, self.hold)
+
     def _differing(self, methods: Sequence[Method]) -> tuple[Method, ...]:
         """The methods, without those that are exact on this network and keep what a simpler one does."""
         taken: list[Method] = []
         for method in dict.fromkeys(methods):
-            self.kept[method] = self._kept(last_layers(self.graph, None, method))
+            self.kept[method] = self._kept(self._held(last_layers(self.graph, None, method)))
             plain = [other for other in (method, *taken) if other.exact_on(self.graph) and not other.learns_as]
             if method not in plain or all(self.kept[method] != self.kept[other] for other in plain[1:]):
                 taken.append(method)
@@ -104,7 +109,7 @@ class Prospect:
         """Samples that were timed, a micro-batch if that is quick enough; laps of every call by every method."""
         samples = samples_for(self.graph, micro)
         if samples not in self._laps:
-            whole = {method: last_layers(self.graph, None, method) for method in self.methods}
+            whole = {method: self._held(last_layers(self.graph, None, method)) for method in self.methods}
             self._laps[samples] = layer_times(self.model, self.graph, whole, samples, progress=self.progress,
                                               channels_last=kernels.is_channels_last(self.sample))
         return samples, self._laps[samples]
@@ -137,7 +142,7 @@ class Prospect:
                  if pick is not None}
         settings = {node: option.method for node, option in taken.items()}
         learning = {node for node, option in taken.items() if option.learns}
-        made = draft(self.graph, settings, frozenset(learning))
+        made = self._held(draft(self.graph, settings, frozenset(learning)))
         return Found(picked, total_of(choices, picked), self.in_parts(made, micro))
 
     def timed(self, found: Found) -> Found:

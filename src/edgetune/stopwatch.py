@@ -116,10 +116,12 @@ def _keys(shop: _Shop, method: Method, made: Plan) -> Keyed:
     keyed = []
     for segment in claim(shop.graph, made):
         calls = {}
+        run = next((made.layers[call.name] for call in segment.calls if call.name in made.layers), (method,))
         for call in segment.calls:
-            own = method if len(segment.calls) > 1 or call.name in made.layers else Exact()
+            stack = run if len(segment.calls) > 1 else made.layers.get(call.name, (Exact(),))
+            ways = (f"{own.method} {own.model_dump_json()}" for own in stack)
             facts = call.model_dump_json(include={"kind", "function", "geometry", "attributes", "in_shapes"})
-            calls[call.node] = " ".join((own.method, own.model_dump_json(), type(segment.rule).__name__, facts,
+            calls[call.node] = " ".join((*ways, type(segment.rule).__name__, facts,
                                          ",".join(made.learns.get(call.name, ())), str(shop.dtype),
                                          f"{shop.samples} samples", "channels last" if shop.channels_last else ""))
         keyed.append((segment, calls))
@@ -146,7 +148,7 @@ def _run(shop: _Shop, segment: Segment, learned: frozenset[str], rounds: int) ->
     shapes, first = {call.node: call.out_shape for call in shop.graph.calls}, segment.calls[0]
     xs = [shop.draw(shapes[node] if first.inputs else first.in_shapes[0]) for node in segment.inputs]
     gys = [shop.draw(shapes[node]) for node in segment.outputs]
-    params = {name: shop.tensors[name].detach() for name in segment.params}
+    params = {name: shop.tensors[name].detach() for name in (*segment.params, *segment.state)}
     weights = {name for call in segment.calls if call.kind == "conv" for name in call.params.values()}
     passes = tuple(True for _ in xs)
     modes = {"frozen_ms": Needs(tuple(False for _ in xs), frozenset()),

@@ -147,6 +147,7 @@ class TestNames:
     def test_blocks_are_counted_by_methods_that_know_them(self, out: Path) -> None:
         plan = ("plan", "--limit", 20, "--out", out)
         assert "give one of them" in refusal(*plan, "--last", 1, "--last-blocks", 1)
+        assert "choose from comet, low_bit" in refusal(*plan, "--hold", "exact")
         assert "say how many with --last-blocks" in refusal(*plan, "--method", "tinytl", "--last", 1)
         assert "use --method exact" in refusal(*plan, "--last-blocks", 1)
         assert "the network has 2: ask for" in refusal(*plan, "--method", "tinytl", "--last-blocks", 3)

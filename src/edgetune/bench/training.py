@@ -28,6 +28,8 @@ from edgetune.bench.grid import PLAIN, Grid, GridOptions
 from edgetune.bench.photos import Split, drifted_cifar
 from edgetune.bench.pretrain import Lesson, cycles
 from edgetune.methods.backward.exact import Exact
+from edgetune.methods.backward.hosvd import HOSVD
+from edgetune.methods.backward.lance import LANCE
 from edgetune.methods.backward.mobiletl import MobileTL, last_blocks
 from edgetune.quantize import Stepped, scale_gradients
 
@@ -138,6 +140,12 @@ def ranks(count: int) -> tuple[Arm, ...]:
     return tuple(Arm(f"ASI, {times}x", low_rank(count, times)) for times in (10, 50))
 
 
+def bases(count: int) -> tuple[Arm, ...]:
+    """Factors whose bases are found anew in each step, and in the first one alone."""
+    return tuple(Arm(name, planned(last(count, method, scales=True)))
+                 for name, method in (("HOSVD", HOSVD()), ("LANCE", LANCE())))  # fmt: skip
+
+
 def int8(count: int | None) -> tuple[Arm, ...]:
     """Integer networks whose steps are those of the float network, at its rate: rounded floats, and int8 themselves."""
     return (
@@ -160,14 +168,15 @@ def int8_published(count: int | None) -> tuple[Arm, ...]:
 
 ROWS: tuple[tuple[Case, Arm], ...] = (
     *((DIGITS, arm) for arm in (plain(None), BEFORE, HEAD, *int8_published(None), *chains(None), exact(None))),
-    *((DIGITS, arm) for arm in (exact(None, scales=True), *int8(None))),
+    *((DIGITS, arm) for arm in (exact(None, scales=True), *int8(None), *coded(None))),
     *(
         (CIFAR, arm)
         for arm in (plain(6), BEFORE, *int8_published(6), HEAD, *chains(6), exact(6), exact(6, scales=True))
     ),
-    *((CIFAR, arm) for arm in (*int8(6), branches(3), *coded(6), *ranks(6))),
+    *((CIFAR, arm) for arm in (*int8(6), branches(3), *coded(6), *ranks(6), *bases(6))),
     # the last three inverted residual blocks and the convolution behind them: ten convolutions
     *((FLOWERS, arm) for arm in (plain(10), mobiletl(3), exact(10), FRESH_HEAD, branches(3), *chains(10)[:2])),
+    *((FLOWERS, arm) for arm in (*coded(10)[:3], *ranks(10))),
     *((SPARSE, arm) for arm in (plain(25), HEAD)),
     *((SPARSE, replace(exact(count), method=f"last {count}")) for count in (2, 4, 6, 9, 12, 16, 20, 25)),
     *((SPARSE, sparse(f"mobilenet_v2_0.35-{size}KB")) for size in (49, 73, 99)),

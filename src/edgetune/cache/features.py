@@ -21,7 +21,7 @@ from torch import nn
 from edgetune.cache.cut import Cut, find_cut
 from edgetune.cache.settings import Cache, CacheUse
 from edgetune.cache.store import DiskStore, MemoryStore, Store, room_on_disk
-from edgetune.codecs import PLAIN, Codec
+from edgetune.codecs import FIXED, Codec
 from edgetune.data import Augment, Dataset, Pictures, chunks, permutation, seen
 from edgetune.errors import RunError
 from edgetune.units import format_bytes
@@ -184,11 +184,12 @@ def open_features(
     should know of the pictures to train. Raises Refusal where nothing frozen lies in front of what learns.
     """
     training = part == "train"
-    cut, codec = find_cut(model, data.preprocess.shape), PLAIN[cache.codec if training else "float32"]
+    name = cache.codec if training else "float32"
+    cut, codec = find_cut(model, data.preprocess.shape), FIXED[name]
     pictures = data.train if training else data.val
     views = cache.views if sight.augment is not None else 1
     size = sum(codec.size((1, *value.shape)) for value in cut.values)
-    key = identity(model, cut, data, codec, sight, part)
+    key = identity(model, cut, data, name, sight, part)
     path = Path(cache.folder or folder) / f"{part}-{key[:16]}.cache"
     room = min(cache.size_bytes, room_on_disk(path)) if cache.keep == "disk" else cache.size_bytes
     room = room - taken_bytes if training else room // 2
@@ -211,7 +212,7 @@ def _silent(sentence: str) -> None:
     """The pictures to train have said it already."""
 
 
-def identity(model: nn.Module, cut: Cut, data: Dataset, codec: Codec, sight: Sight, part: Part) -> str:
+def identity(model: nn.Module, cut: Cut, data: Dataset, codec: str, sight: Sight, part: Part) -> str:
     """A hash of all that features depend on: the frozen part and its weights, the pictures and how they are seen."""
     digest = hashlib.sha256(cut.code.encode())
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -228,7 +229,7 @@ def identity(model: nn.Module, cut: Cut, data: Dataset, codec: Codec, sight: Sig
         "augment": None if sight.augment is None else [sight.augment.model_dump(mode="json"), sight.seed],
         "part": [part, data.counts[part]],
         "micro_batch": sight.micro_batch,
-        "codec": codec.name,
+        "codec": codec,
         "torch": str(torch.__version__),
     }
     digest.update(json.dumps(seen_as, sort_keys=True).encode())

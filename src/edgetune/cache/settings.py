@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from edgetune.codecs import PLAIN
+from edgetune.codecs import FIXED
 from edgetune.record import Record
 from edgetune.units import GIB
 
@@ -28,8 +28,8 @@ class Cache(Record):
     @field_validator("codec")
     @classmethod
     def _known(cls, codec: str) -> str:
-        if codec not in PLAIN:
-            raise ValueError(f"choose one of {', '.join(PLAIN)}")
+        if codec not in FIXED:
+            raise ValueError(f"choose one of {', '.join(FIXED)}")
         return codec
 
 

@@ -26,9 +26,9 @@ Codec = Annotated[
     str | None,
     typer.Option(
         "--cache-codec",
-        metavar="float32|float16|int8",
+        metavar="float32|float16|int8|int4",
         show_default="float32",
-        help="How features are kept: exactly, in half, or in a quarter of the room.",
+        help="How features are kept: exactly, in half, a quarter or an eighth of the room.",
     ),
 ]
 Size = Annotated[

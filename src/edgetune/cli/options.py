@@ -133,6 +133,15 @@ Last = Annotated[
         help=("How many of the last convolutions learn in the plan made by hand; all when left out."),
     ),
 ]
+Hold = Annotated[
+    str | None,
+    typer.Option(
+        "--hold",
+        metavar="NAME",
+        show_default=False,
+        help=("How what is kept for backward may be held in fewer bytes: comet or low_bit. The planner weighs it."),
+    ),
+]
 FrozenBits = Annotated[
     int | None,
     typer.Option(

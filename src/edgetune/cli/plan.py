@@ -34,6 +34,7 @@ EXAMPLES = (
     ("edgetune plan --method pooled_chain --patch-px 4 --last 6", "the last six convolutions, filtered at 4 px"),
     ("edgetune plan --method tinytl --last-blocks 2", "biases, and small branches beside the last two blocks"),
     ("edgetune plan --model mobilenet_v3_small --data photos --last-blocks 3", "the last three blocks, by mobiletl"),
+    ("edgetune plan --memory 2MiB --hold low_bit", "what is kept may be held in 4 or 2 bits a value, where that gains"),
     ("edgetune plan --memory 1MiB --step-ms 60 --explain", "why each layer got what it got, under both limits"),
     ("edgetune plan --memory 1MiB --pareto front.svg", "what more or less memory and time would bring, as a picture"),
     ("edgetune train --plan plan.json", "train by the plan, edited or not"),
@@ -76,6 +77,7 @@ def plan(
     last: options.Last = None,
     last_blocks: options.LastBlocks = None,
     scheme: Scheme = None,
+    hold: options.Hold = None,
     batch_size: options.BatchSize = 32,
     size: options.Size = None,
     val_fraction: options.ValFraction = None,
@@ -113,6 +115,7 @@ def plan(
         last=last,
         last_blocks=last_blocks,
         scheme=scheme,
+        hold=hold,
     )
     _check(wish, explain, pareto)
     pictures = load_data(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from edgetune.contract import Method, Plan
+    from edgetune.contract import KeptMethod, Method, Plan
     from edgetune.data import Dataset, Preprocess
     from edgetune.graph import Graph
     from edgetune.plan import Budget, Planner
@@ -120,6 +121,7 @@ class Wish:
     last_blocks: int | None = None
     file: Path | None = None
     scheme: str | None = None
+    hold: str | None = None
 
     @property
     def by_hand(self) -> bool:
@@ -136,6 +138,8 @@ class Wish:
                 "--plan names a finished plan: leave out --memory, --step-ms, --method, --patch-px, --taps, --last "
                 "and --last-blocks"
             )
+        if self.file is not None and self.hold is not None:
+            raise PlanError("--plan names a finished plan, which says itself how values are held: leave out --hold")
         if self.by_hand and planner:
             raise PlanError(
                 "--method, --patch-px, --taps, --last and --last-blocks make the plan by hand: leave out --memory and "
@@ -148,6 +152,8 @@ class Wish:
                 "--scheme names a published plan: leave out --memory, --step-ms, --method, --patch-px, --taps, "
                 "--last and --last-blocks"
             )
+        if self.hold is not None:
+            hold_named(self.hold)
         if self.memory is not None:
             parse_bytes(self.memory)
         if self.step_ms is not None and self.step_ms <= 0:
@@ -175,8 +181,9 @@ def make_plan(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) ->
 def planned(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> Planned:
     """The same, with the planner that can say more of it."""
     from edgetune.contract import Plan
+    from edgetune.draft import held_by
     from edgetune.errors import PlanError
-    from edgetune.plan import Budget, Planner
+    from edgetune.plan import Budget, Planner, best
     from edgetune.sparse import released_plan
 
     wish.check()
@@ -184,16 +191,31 @@ def planned(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> P
         import edgetune.methods  # noqa: F401  (methods register themselves)
 
         return Planned(Plan.load(wish.file, PlanError), Budget())
-    if wish.by_hand:
-        return Planned(_by_hand(graph_of(model, x), wish), Budget())
-    if wish.scheme is not None:
-        return Planned(released_plan(model, graph_of(model, x), wish.scheme), Budget())
-    planner = Planner(model, x, (x, y), progress=say)
+    hold = None if wish.hold is None else hold_named(wish.hold)
+    if wish.by_hand or wish.scheme is not None:
+        graph = graph_of(model, x)
+        made = released_plan(model, graph, wish.scheme) if wish.scheme is not None else _by_hand(graph, wish)
+        return Planned(held_by(made, graph, hold), Budget())
+    holds = (None, *(() if hold is None else hold.choices()))
+    planners = [Planner(model, x, (x, y), progress=say, hold=hold) for hold in holds]
     if wish.memory is None and wish.step_ms is None:
-        return _planned_by_default(planner, model, x)
+        return _planned_by_default(planners, model, x)
     budget = Budget(memory_bytes=None if wish.memory is None else parse_bytes(wish.memory), step_ms=wish.step_ms)
-    found = planner.find(budget)
+    planner, found = best(planners, budget)
     return Planned(found.made, budget, planner, found)
+
+
+def hold_named(name: str) -> KeptMethod:
+    """The method that says how what is kept is held. Raises PlanError where the name is of no such method."""
+    from edgetune.contract import KeptMethod, known_methods
+    from edgetune.errors import PlanError
+
+    method = method_named(name)
+    if not isinstance(method, KeptMethod):
+        known = sorted(each for each, kind in known_methods().items() if issubclass(kind, KeptMethod))
+        raise PlanError(f"--hold names how kept values are held, and '{method.method}' says nothing of that: "
+                        f"choose from {', '.join(known)}")  # fmt: skip
+    return method
 
 
 def _by_hand(graph: Graph, wish: Wish) -> Plan:
@@ -219,19 +241,19 @@ DEFAULT_SHARES = (0.25, 0.5, 1.0)
 """What training may take when nothing is said, as shares of plain back-propagation: the first that is enough."""
 
 
-def _planned_by_default(planner: Planner, model: nn.Module, x: torch.Tensor) -> Planned:
+def _planned_by_default(planners: Sequence[Planner], model: nn.Module, x: torch.Tensor) -> Planned:
     import copy
 
     from edgetune.costs import unrestrained
     from edgetune.errors import BudgetError
-    from edgetune.plan import Budget
+    from edgetune.plan import Budget, best
     from edgetune.profile import profile
 
     plain = profile(unrestrained(copy.deepcopy(model)), x).peak_bytes
     for share in DEFAULT_SHARES:
         budget = Budget(memory_bytes=int(share * plain))
         try:
-            found = planner.find(budget)
+            planner, found = best(planners, budget)
             return Planned(found.made, budget, planner, found)
         except BudgetError:  # a very small network: its head alone needs a good part
             if share == DEFAULT_SHARES[-1]:

@@ -37,6 +37,10 @@ EXAMPLES = (
         "edgetune train --model mobilenet_v2 --data photos --val-fraction 0.2 --last 4 --frozen-bits 8",
         "the frozen layers in integers: their weights take a quarter of the room",
     ),
+    (
+        "edgetune train --model resnet18 --data photos --val-fraction 0.2 --method exact --hold comet",
+        "every layer learns, and what is kept for that is compressed",
+    ),
     ("edgetune train --resume runs/mobilenet_v2-photos-1", "go on after an interruption"),
 )
 
@@ -116,6 +120,7 @@ def train(
     taps: options.Taps = None,
     last: options.Last = None,
     last_blocks: options.LastBlocks = None,
+    hold: options.Hold = None,
     val_fraction: options.ValFraction = None,
     size: options.Size = None,
     limit: options.Limit = None,
@@ -158,6 +163,7 @@ def train(
         last=last,
         last_blocks=last_blocks,
         file=plan,
+        hold=hold,
     )
     settings = {
         "epochs": epochs or (5 if (order.model, order.data) == (DEMO_MODEL, DEMO_DATA) else 10),

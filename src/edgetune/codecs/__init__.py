@@ -5,4 +5,7 @@ from edgetune.codecs.codec import Codec
 from edgetune.codecs.grouped import Grouped
 from edgetune.codecs.plain import PLAIN, Float16, Float32, Int8
 
-__all__ = ["PLAIN", "Bounded", "Codec", "Float16", "Float32", "Grouped", "Int8", "used_bound"]
+FIXED: dict[str, Codec] = {**PLAIN, "int4": Grouped(4, stochastic=False)}
+"""Codecs of fixed size that give the same bytes every time: what a store of many samples takes, by name."""
+
+__all__ = ["FIXED", "PLAIN", "Bounded", "Codec", "Float16", "Float32", "Grouped", "Int8", "used_bound"]

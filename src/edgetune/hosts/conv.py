@@ -38,6 +38,9 @@ def input_gradient(g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry
 def weight_gradient(x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
     """The exact gw (o i u v) of the layer from x (n c h w) and g (n o p q)."""
     top, bottom, left, right = geometry.pads
+    if geometry.kernel == (1, 1) and geometry.stride != (1, 1) and geometry.in_channels < 8:
+        # oneDNN 3 without AVX-512 gets these wrong channels last, and writes beyond its buffers
+        x, g = x.contiguous(), g.contiguous()
     shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel)
     weight = g.new_empty(1).expand(shape)
     if geometry.symmetric:

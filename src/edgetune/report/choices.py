@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from edgetune.contract import Method, Plan
+from edgetune.contract import KeptMethod, Method, Plan
 from edgetune.graph import Call, Graph
 from edgetune.profile import Cost
 
@@ -66,14 +66,19 @@ def layer_views(graph: Graph, plan: Plan) -> tuple[LayerView, ...]:
 def _view(number: int, call: Call, plan: Plan) -> LayerView:
     size = call.out_shape[2:] if len(call.out_shape) == 4 else (1, 1)
     learns = plan.learns.get(call.name, ())
-    method = next(iter(plan.layers.get(call.name, ())), None)
+    stack = plan.layers.get(call.name, ())
+    method = next((own for own in stack if not isinstance(own, KeptMethod)), None)
+    choice = describe(method, learns)
+    for hold in stack:
+        if isinstance(hold, KeptMethod) and choice.key != FROZEN:
+            choice = replace(choice, label=f"{choice.label}, {hold.label}")
     return LayerView(
         number=number,
         name=call.name or call.node,
         kind=call.kind,
         map_hw=(size[0], size[1]),
         channels=call.out_shape[1] if len(call.out_shape) > 1 else 0,
-        choice=describe(method, learns),
+        choice=choice,
         learns=learns,
     )
 

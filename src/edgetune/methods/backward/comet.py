@@ -85,6 +85,11 @@ class COMET(CodedMethod):
     law: Literal["exact", "fitted"] = "exact"
 
     @classmethod
+    def choices(cls) -> tuple[COMET, ...]:
+        """A budget has to be held by whatever comes: with few bits for the least compressible of maps."""
+        return (cls(most_bits=4),)
+
+    @classmethod
     def published(cls) -> COMET:
         """The published setting."""
         return cls(tolerance=0.01, interval=1000, law="fitted")

@@ -52,6 +52,10 @@ class LowBit(CodedMethod):
     bits: Literal[2, 4, 8] = 2
     group: int = Field(256, ge=32, le=65536, multiple_of=32)
 
+    @classmethod
+    def choices(cls) -> tuple[LowBit, ...]:
+        return cls(bits=4), cls(bits=2)
+
     @property
     def label(self) -> str:
         return f"{self.bits}-bit kept"
