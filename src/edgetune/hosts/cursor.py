@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from edgetune.graph import Call
 
 _CURRENT: ContextVar[Call | None] = ContextVar("edgetune_current_call", default=None)
+_AGAIN: ContextVar[bool] = ContextVar("edgetune_runs_again", default=False)
 _WATCHER: ContextVar[Callable[[Call | None], None] | None] = ContextVar("edgetune_watcher", default=None)
 
 
@@ -33,3 +34,18 @@ def watched_by(watcher: Callable[[Call | None], None]) -> Iterator[None]:
         yield
     finally:
         _WATCHER.reset(token)
+
+
+@contextmanager
+def made_again() -> Iterator[None]:
+    """What runs in the block of this thread runs again in backward, or does so now: nothing that it saves is kept."""
+    token = _AGAIN.set(True)
+    try:
+        yield
+    finally:
+        _AGAIN.reset(token)
+
+
+def is_made_again() -> bool:
+    """Whether this thread is inside such a block."""
+    return _AGAIN.get()

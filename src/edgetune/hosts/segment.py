@@ -13,7 +13,7 @@ import torch
 
 from edgetune.contract import Needs, Segment
 from edgetune.errors import Refusal
-from edgetune.hosts.cursor import working_on
+from edgetune.hosts.cursor import is_made_again, working_on
 
 
 class SegmentFunction(torch.autograd.Function):
@@ -28,7 +28,7 @@ class SegmentFunction(torch.autograd.Function):
         needs = _needs(segment, ctx.needs_input_grad[1:])
         working_on(segment.calls[0])
         ys, kept = segment.rule.forward(segment, xs, {**params, **ctx.state}, needs)
-        ctx.segment, ctx.kept_names = segment, tuple(kept)
+        ctx.segment, ctx.kept_names, ctx.made_again = segment, tuple(kept), is_made_again()
         # a view of an input handed out as an output would confuse autograd's bookkeeping
         ys = tuple(y.view_as(y) if any(y is x for x in xs) else y for y in ys)
         ctx.save_for_backward(*params.values(), *kept.values())
