@@ -19,8 +19,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
     "errors", "units", "shapes", "record", "kernels", "codecs", "overlap", "recognise", "graph", "blocks", "contract",
-    "hosts", "methods", "quantize", "fold", "route", "apply", "allocator", "scratch", "outcome", "meter", "update", "profile",
-    "stopwatch", "draft", "alone", "calibrate", "knapsack", "prospect", "plan", "reasons", "front", "sparse", "lowrank",
+    "hosts", "methods", "quantize", "fold", "route", "apply", "allocator", "scratch", "outcome", "meter", "update",
+    "profile", "stopwatch", "draft", "alone", "calibrate", "knapsack", "prospect", "plan", "reasons", "front", "sparse",
+    "lowrank", "timeline", "stretches",
     "models", "data", "cache", "frozen", "costs", "run", "loop", "job", "train", "report", "bench", "doctor", "cli",
     "__main__",
 ]  # fmt: skip

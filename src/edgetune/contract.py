@@ -199,8 +199,8 @@ def one_call(rule: Rule, call: Call) -> Segment:
                    params=tuple(call.params.values()), state=tuple(call.state.values()))
 
 
-_DRAWS_NOTHING = frozenset({"conv", "linear", "norm", "activation", "max_pool", "mean", "add", "scale", "subsample", "pad",
-                             "flatten"})
+_DRAWS_NOTHING = frozenset({"conv", "linear", "norm", "activation", "max_pool", "mean", "add", "scale", "subsample",
+                            "pad", "flatten"})
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,10 @@ class _Body:
             changed = node.all_input_nodes[0]
             self._copies[changed] = self.graph.call_function(torch.clone, (self._value(changed),))
         if node.op == "call_module":
-            args, kwargs = (fx.node.map_arg(part, self._value) for part in (node.args, node.kwargs))
-            self._copies[node] = self.graph.call_function(_call, (self._module(str(node.target)), *args), kwargs)
+            args = fx.node.map_arg(node.args, self._value)
+            assert isinstance(args, tuple)
+            self._copies[node] = self.graph.call_function(_call, (self._module(str(node.target)), *args))
+            self._copies[node].kwargs = fx.node.map_arg(node.kwargs, self._value)  # type: ignore[assignment]
         else:
             self._copies[node] = self.graph.node_copy(node, self._value)
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetune.contract import Segment
 from edgetune.graph import Graph, follow
-from edgetune.hosts.cursor import current_call, is_made_again, watched_by, working_on
+from edgetune.hosts.cursor import current_call, is_made_again, working_on
 from edgetune.kernels import status
 from edgetune.kernels.native import SUFFIX
 from edgetune.kernels.schema import OPS
@@ -72,15 +72,19 @@ class Ledger(TorchDispatchMode):
 
         out, scratch = foreseen(func, args, kwargs, (on_cpu, torch._C._get_mkldnn_enabled()), run,
                                 lambda: scratch_bytes(func, args) if on_cpu else 0)
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes + scratch)
+        self._reached(self.live_bytes + scratch)
         return out
 
     def _allocated(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         self.live[key] = size
         self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self._reached(self.live_bytes)
         weakref.finalize(storage, self._freed, key)
+
+    def _reached(self, size: int) -> None:
+        """So many bytes are there at once."""
+        self.peak_bytes = max(self.peak_bytes, size)
 
     def _freed(self, key: int) -> None:
         self.live_bytes -= self.live.pop(key)

@@ -83,7 +83,8 @@ def _planned(model: nn.Module, training: bool, segments: list[Segment],
         model.train(before)
     assert graph is not None
     nodes = {node.name: node for node in graph.nodes}
-    for part in (*segments, *stretches):
+    parts: tuple[Segment | Stretch, ...] = (*segments, *stretches)
+    for part in parts:
         if any(call.node not in nodes for call in part.calls):
             raise Refusal(part.name, "is called differently in training than in evaluation",
                           "leave it out of the plan")

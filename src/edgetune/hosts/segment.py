@@ -57,14 +57,23 @@ def _needs(segment: Segment, flags: tuple[bool, ...]) -> Needs:
 
 
 def runner(segment: Segment, label: str) -> Callable[..., Any]:
-    """A plain function (inputs, params and state -> output or tuple of outputs) for generated code to call."""
+    """A plain function (inputs, params and state -> output or tuple of outputs) for generated code to call.
+
+    `segment_behind` tells which segment such a function runs.
+    """
 
     def run(*tensors: torch.Tensor) -> Any:
         return _opaque(segment, *tensors)
 
     run.__name__ = run.__qualname__ = label
     run.__module__ = "edgetune.hosts.segment"
+    run.__dict__["segment"] = segment
     return run
+
+
+def segment_behind(function: Any) -> Segment | None:
+    """The segment that a function of `runner` runs; None for others."""
+    return getattr(function, "__dict__", {}).get("segment")
 
 
 @torch.compiler.disable
