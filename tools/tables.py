@@ -186,6 +186,21 @@ TABLES = {
             "peak": against("peak_bytes"),
         },
     ),
+    "recompute": Table(
+        suite="recompute",
+        key=("case", "method", "batch"),
+        columns={
+            "step": text("case"),
+            "stretches": text("method"),
+            "batch": text("batch"),
+            "plain": number("baseline_ms", 0, " ms"),
+            "this": number("method_ms", 0, " ms"),
+            "speedup": number("speedup", 2, "x"),
+            "products made again": percent("macs_again"),
+            "kept": against("kept_bytes"),
+            "peak": against("peak_bytes"),
+        },
+    ),
     "cache": Table(
         suite="cache",
         key=("case", "method", "patch_px", "taps", "codec", "batch"),

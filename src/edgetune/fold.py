@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from edgetune.contract import Stretch
 from edgetune.graph import Call
-from edgetune.hosts.cursor import made_again, working_on
+from edgetune.hosts.cursor import Passes, working_on
 
 
 def compiled(owner: object, graph: fx.Graph) -> Callable[..., Any]:
@@ -131,12 +131,14 @@ def _again(stretch: Stretch, function: Callable[..., Any], label: str) -> Callab
     """`function` such that it keeps only its arguments."""
     first = next((call for call in stretch.calls if call.params), stretch.calls[0])
 
-    def body(*given: Any) -> Any:
-        with made_again():
-            return function(*given)
-
     @torch.compiler.disable
     def run(*given: Any) -> Any:
+        passes = Passes()
+
+        def body(*given: Any) -> Any:
+            with passes.running():
+                return function(*given)
+
         working_on(first)
         return checkpoint(body, *given, use_reentrant=False, preserve_rng_state=stretch.may_draw)
 

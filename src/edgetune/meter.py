@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetune.contract import Segment
 from edgetune.graph import Graph, follow
-from edgetune.hosts.cursor import current_call, is_made_again, working_on
+from edgetune.hosts.cursor import current_call, current_passes, working_on
 from edgetune.kernels import status
 from edgetune.kernels.native import SUFFIX
 from edgetune.kernels.schema import OPS
@@ -148,7 +148,7 @@ class Book(Ledger):
         """After the forward pass: name the keepers inside segments, and add up what is still alive."""
         for node in _nodes(root):
             segment = getattr(node, "segment", None)
-            if isinstance(segment, Segment) and not node.made_again:
+            if isinstance(segment, Segment) and node.passes is None:
                 inside = {call.name for call in segment.calls}
                 kept = node.saved_tensors[len(segment.params):]
                 for name, tensor in zip(node.kept_names, kept, strict=True):
@@ -174,7 +174,7 @@ class Book(Ledger):
             if node is None:
                 self.account(self._inside() or self._owner).forward_macs += count(args, out)
             else:
-                owner = self._inside() if is_made_again() else None
+                owner = self._inside() if current_passes() is not None else None
                 self.account(owner or self._behind(node)).backward_macs += count(args, out)
         return out
 

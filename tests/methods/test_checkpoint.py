@@ -44,7 +44,8 @@ class Drawn(nn.Module):
     @staticmethod
     def _layer(kind: int) -> nn.Module:
         return [lambda: block(8, 8, act=None), lambda: block(8, 8, groups=4), lambda: block(8, 8, act=nn.Hardswish),
-                lambda: nn.Sequential(block(8, 8), nn.Dropout2d(0.2)), lambda: nn.Sequential(block(8, 12, 1), block(12, 8)),
+                lambda: nn.Sequential(block(8, 8), nn.Dropout2d(0.2)),
+                lambda: nn.Sequential(block(8, 12, 1), block(12, 8)),
                 lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), block(8, 8, 1))][kind]()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -244,7 +245,7 @@ def test_two_backward_passes_need_retain_graph() -> None:
     with pytest.raises(RuntimeError, match="a second time"):
         loss.backward()
     with pytest.raises(Refusal, match="create_graph"):
-        torch.autograd.grad(model(x).sum(), list(model.parameters())[0], create_graph=True)
+        torch.autograd.grad(model(x).sum(), next(iter(model.parameters())), create_graph=True)
 
 
 def test_a_failure_in_backward_leaves_nothing_alive(monkeypatch: pytest.MonkeyPatch) -> None:
