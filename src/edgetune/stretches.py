@@ -31,9 +31,12 @@ from edgetune.units import format_bytes
 MOST_BORDERS = 60
 """Of more borders those that little crosses are tried."""
 NEAR = 0.02
-"""Of peaks that differ by no more than this share, the one with fewest products computed again is taken."""
+"""Of peaks that differ by no more than this share, the one that computes least again is taken."""
 SLACKS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08)
 """By how much candidates may exceed the least peak that the watched step allows."""
+WRITTEN_MACS = 16
+"""Writing a number of a map takes a CPU about as long as so many multiply-accumulates: else norms, activations and
+depthwise convolutions would count for nothing."""
 ROUNDS = 6
 """How often what is aimed at is put right by what a step is predicted to hold."""
 
@@ -45,9 +48,9 @@ def checkpointed(model: nn.Module, sample: torch.Tensor, plan: Plan, *, memory_b
                  optimizer_copies: int = 1, graph: Graph | None = None) -> Plan:
     """`plan` with stretches that run again in backward, for batches like `sample` x (n c h w).
 
-    Without `memory_bytes` the predicted peak is the lowest that is found; with it at most that, and as few
-    multiply-accumulates as possible are computed again: none where the plan fits as it is. What learns, and by which
-    methods, stays. Raises BudgetError, with the smallest budget that works, where even the lowest peak is more.
+    Without `memory_bytes` the predicted peak is the lowest that is found; with it at most that, and as little as
+    possible is computed again (products, and what is written): nothing where the plan fits as it is. What learns, and
+    by which methods, stays. Raises BudgetError, with the smallest budget that works, where the lowest peak is more.
     """
     search = _Search(model, sample, plan, graph or trace(model, sample), optimizer_copies)
     if memory_bytes is None:
@@ -76,11 +79,11 @@ def _with_stretches(plan: Plan, stretches: Sequence[Sequence[str]]) -> Plan:
 
 @dataclass(frozen=True)
 class _Tried:
-    """A plan with stretches, the peak that was predicted for it, and the products that it computes again."""
+    """A plan with stretches, the peak that was predicted for it, and what it computes again."""
 
     plan: Plan
     peak_bytes: int
-    macs: int
+    work: int
 
 
 class _Search:
@@ -100,8 +103,8 @@ class _Search:
             if costs is not None:
                 made = _with_stretches(self.plan, [costs.layers(start, end) for start, end in chosen])
             peak = predicted_peak(self.model, self.sample, made, self.graph, optimizer_copies=self.optimizer_copies)
-            macs = sum(costs.macs(start, end) for start, end in chosen) if costs is not None else 0
-            self._tried[chosen] = _Tried(made, peak, macs)
+            work = sum(costs.work(start, end) for start, end in chosen) if costs is not None else 0
+            self._tried[chosen] = _Tried(made, peak, work)
         return self._tried[chosen]
 
     def lowest(self) -> _Tried:
@@ -110,18 +113,18 @@ class _Search:
         if self.costs is not None:
             least = self.costs.least_peak()
             candidates += [self.tried(chosen) for slack in SLACKS
-                           if (chosen := self.costs.fewest_macs(int(least * (1 + slack)))) is not None]
+                           if (chosen := self.costs.least_work(int(least * (1 + slack)))) is not None]
         bound = (1 + NEAR) * min(each.peak_bytes for each in candidates)
-        return min((each for each in candidates if each.peak_bytes <= bound), key=lambda each: each.macs)
+        return min((each for each in candidates if each.peak_bytes <= bound), key=lambda each: each.work)
 
     def cheapest(self, memory_bytes: int) -> _Tried:
-        """The fewest products computed again within the memory. Raises BudgetError where nothing fits."""
+        """The least computed again within the memory. Raises BudgetError where nothing fits."""
         self.lowest()
         if self.costs is not None:
             rest = self.tried(()).peak_bytes - self.costs.peak_bytes
             aim = memory_bytes - rest
             for _ in range(ROUNDS):
-                chosen = self.costs.fewest_macs(aim)
+                chosen = self.costs.least_work(aim)
                 if chosen is None:
                     break
                 spare = memory_bytes - self.tried(chosen).peak_bytes
@@ -134,15 +137,15 @@ class _Search:
             raise BudgetError(f"{format_bytes(memory_bytes)} is too little even with all that can be computed again: "
                               f"the smallest budget that works here is {format_bytes(smallest)} ({smallest} bytes); "
                               "allow that, let fewer layers learn, or take smaller micro-batches")
-        return min(fitting, key=lambda each: (each.macs, each.peak_bytes))
+        return min(fitting, key=lambda each: (each.work, each.peak_bytes))
 
 
 @dataclass(frozen=True)
 class _State:
-    """A way up to a border: what it leaves there, the products that it computes again, and where it came from."""
+    """A way up to a border: what it leaves there, what it computes again, and where it came from."""
 
     front: int
-    macs: int
+    work: int
     before: _State | None = None
     again: bool = False
     border: int = 0
@@ -174,9 +177,10 @@ class _Costs:
         """The layers that a plan names to make this stretch."""
         return [call.name for call in self._between(start, end) if call.kind in BORDERS]
 
-    def macs(self, start: int, end: int) -> int:
-        """What the stretch multiplies when it runs again."""
-        return sum(call.macs for call in self._between(start, end))
+    def work(self, start: int, end: int) -> int:
+        """What the stretch computes when it runs again, in multiply-accumulates."""
+        return sum(call.macs + WRITTEN_MACS * math.prod(call.out_shape) for call in self._between(start, end)
+                   if call.out_shape)
 
     def _between(self, start: int, end: int) -> Sequence[Call]:
         return self.calls[self.borders[start]:self.borders[end]]
@@ -192,12 +196,12 @@ class _Costs:
                 low = middle
         return high
 
-    def fewest_macs(self, peak_bytes: int) -> Chosen | None:
+    def least_work(self, peak_bytes: int) -> Chosen | None:
         """The choice that computes least again of those with at most this peak; None where there is none."""
         ways = self._ways(peak_bytes, one=False)
         if not ways:
             return None
-        state: _State | None = min(ways, key=lambda state: state.macs)
+        state: _State | None = min(ways, key=lambda state: state.work)
         chosen = list[tuple[int, int]]()
         while state is not None and state.before is not None:
             if state.again:
@@ -215,7 +219,7 @@ class _Costs:
             for state in reached[start]:
                 spare = peak_bytes - state.front
                 if self._held[start] <= spare:
-                    reached[start + 1].append(_State(state.front + self._left[start], state.macs, state, False,
+                    reached[start + 1].append(_State(state.front + self._left[start], state.work, state, False,
                                                      start + 1))
                 for end in range(start + 1, last + 1):
                     needed = self._again[start].get(end)
@@ -223,7 +227,7 @@ class _Costs:
                         break
                     if needed[0] > spare:
                         continue  # a longer one may need less: fewer gradients are there when its turn comes
-                    reached[end].append(_State(state.front + needed[1], state.macs + needed[2], state, True, end))
+                    reached[end].append(_State(state.front + needed[1], state.work + needed[2], state, True, end))
         return _undominated(reached[last])
 
     @cached_property
@@ -247,7 +251,7 @@ class _Costs:
 
     @cached_property
     def _again(self) -> list[dict[int, tuple[int, int, int]]]:
-        """For every stretch that may run again: what it needs then, what it leaves before, what it multiplies."""
+        """For every stretch that may run again: what it needs then, what it leaves before, what it computes."""
         table: list[dict[int, tuple[int, int, int]]] = [{} for _ in self.borders]
         for start in range(len(self.borders) - 1):
             for end in range(start + 1, len(self.borders)):
@@ -256,7 +260,7 @@ class _Costs:
                     break
                 needed = max(self._backward(start, end), self._flow(end) + self._forward(start, end))
                 left = sum(v.size for v in self.watched.values if low <= v.made < high <= v.read)
-                table[start][end] = (needed, left, self.macs(start, end))
+                table[start][end] = (needed, left, self.work(start, end))
         return table
 
     def _forward(self, start: int, end: int) -> int:
@@ -296,8 +300,8 @@ class _Costs:
 def _undominated(states: list[_State]) -> list[_State]:
     """Those that leave less, or compute less again, than all others; by what they leave."""
     kept = list[_State]()
-    for state in sorted(states, key=lambda state: (state.front, state.macs)):
-        if not kept or state.macs < kept[-1].macs:
+    for state in sorted(states, key=lambda state: (state.front, state.work)):
+        if not kept or state.work < kept[-1].work:
             kept.append(state)
     return kept
 

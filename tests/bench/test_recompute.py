@@ -19,5 +19,5 @@ def test_rows_say_what_is_kept_and_made_again() -> None:
     assert [row["method"] for row in rows] == ["exact", "sqrt(n)", "planner"]
     assert exact["macs_again"] == 0 < min(textbook["macs_again"], planner["macs_again"])
     assert textbook["kept_bytes"] < exact["kept_bytes"] < exact["kept_bytes_baseline"]
-    assert planner["peak_bytes"] <= 1.01 * min(textbook["peak_bytes"], exact["peak_bytes"])
+    assert planner["peak_bytes"] <= 1.03 * min(textbook["peak_bytes"], exact["peak_bytes"])
     assert all(row["baseline_ms"] > 0 and row["method_ms"] > 0 for row in rows)
