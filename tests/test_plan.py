@@ -15,6 +15,7 @@ from edgetune import prospect
 from edgetune.contract import KeptMethod
 from edgetune.errors import BudgetError, PlanError
 from edgetune.knapsack import total_of
+from edgetune.methods.backward.checkpoint import Checkpoint
 from edgetune.methods.backward.comet import COMET
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.low_bit import LowBit
@@ -212,3 +213,22 @@ def test_methods_of_whole_runs_hold_what_they_keep(case: tuple[nn.Module, torch.
     model, x, y = case
     held = Planner(model, x, (x, y), methods=(Exact(), PooledChain(patch_px=2)), hold=LowBit())
     assert held.prospect.methods == (Exact(),)
+
+
+@pytest.mark.parametrize("share", [0.7, 1.5])
+def test_with_stretches_that_run_again_more_learns_in_the_same_memory(share: float) -> None:
+    model, x, y = scramble(NETS["Residual"]()), torch.randn(4, 3, 64, 64), torch.arange(4) % 5
+    budget = Budget(memory_bytes=int(share * profile(model, x[:1]).peak_bytes))
+    planner = Planner(model, x, (x, y), recompute=True)
+    found, without = planner.find(budget), Planner(model, x, (x, y)).find(budget)
+    assert found.total.gain >= without.total.gain
+    again = any(isinstance(own, Checkpoint) for stack in found.made.layers.values() for own in stack)
+    assert again == (found.total.gain > without.total.gain) == (share < 1)
+    et.apply(model, found.made)
+    assert measure(model, x, y, micro_batch=found.made.micro_batch, repeats=1).peak_bytes <= (budget.memory_bytes or 0)
+
+
+def test_a_plan_that_fits_runs_nothing_again(case: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
+    model, x, y = case
+    budget = Budget(memory_bytes=4 * profile(model, x).peak_bytes)
+    assert plan(model, x, budget, (x, y), recompute=True) == plan(model, x, budget, (x, y))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from edgetune.blocks import as_block
-from edgetune.contract import KeptMethod, LayerMethod, Method, Plan, Segment, one_call, qualified
+from edgetune.contract import CodedMethod, KeptMethod, LayerMethod, Method, Plan, Segment, Stretch, one_call, qualified
 from edgetune.errors import PlanError, Refusal
 from edgetune.graph import Call, Graph, carries_hooks, rerouted, trace
 from edgetune.hosts.conv import conv_rule
@@ -71,7 +71,8 @@ def apply(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
         _freeze_statistics(model, undo)
         segments = claim(graph, plan)
         undo.segments = tuple(segments)
-        undo.add(route(model, [s for s in segments if s.calls[0].followed]))
+        followed = [segment for segment in segments if segment.calls[0].followed]
+        undo.add(route(model, followed, _stretches(graph, plan, followed, hooked)))
         for segment in segments:
             if not segment.calls[0].followed:
                 undo.add(route_module(model, segment))
@@ -167,7 +168,7 @@ def claim(graph: Graph, plan: Plan) -> list[Segment]:
         if not hasattr(kind, "claim"):
             continue
         left = graph
-        if issubclass(kind, KeptMethod):
+        if issubclass(kind, CodedMethod):
             _check_held(graph, plan, kind, taken)
             left = _without(graph, taken)
         for segment in kind.claim(left, plan):
@@ -184,6 +185,37 @@ def claim(graph: Graph, plan: Plan) -> list[Segment]:
         elif (rule := exact_rule(call)) is not None:
             segments.append(one_call(rule, call))
     return segments
+
+
+def _stretches(graph: Graph, plan: Plan, segments: list[Segment], hooked: set[str]) -> list[Stretch]:
+    """What of the plan's stretches a gradient comes to: the rest keeps nothing, and need not run again."""
+    kinds = {type(m) for stack in plan.layers.values() for m in stack if isinstance(m, KeptMethod)}
+    whole = [stretch for kind in sorted(kinds, key=lambda kind: kind.method)
+             for stretch in kind.stretches(graph, plan)]
+    place = {call.node: number for number, stretch in enumerate(whole) for call in stretch.calls}
+    for segment in segments:
+        _check_inside(segment, {place.get(call.node) for call in segment.calls}, whole)
+    for stretch in whole:
+        if hooks := [call.name for call in stretch.calls if call.name in hooked]:
+            raise Refusal(hooks[0], "carries hooks, which would be called twice where a stretch runs again",
+                          "remove the hooks first, or end the stretch in front of it")
+    path = {call.node for call in _on_gradient_path(graph, plan)}
+    reached = [tuple(call for call in stretch.calls if call.node in path) for stretch in whole]
+    return [Stretch(calls) for calls in reached if calls]
+
+
+def _check_inside(segment: Segment, places: set[int | None], stretches: list[Stretch]) -> None:
+    """Refuse stretches that a run of another method crosses, or whose methods would change what they remember."""
+    numbers = [number for number in places if number is not None]
+    if not numbers:
+        return
+    start = stretches[numbers[0]].name
+    if len(places) > 1:
+        raise Refusal(start, f"begins a stretch that runs again, whose border lies inside of {segment.name}, which go "
+                      "backward as one", "move the border out of them, or give them another method")
+    if segment.state:
+        raise Refusal(segment.name, "remembers something of its input from step to step, and would do so twice where "
+                      f"the stretch of '{start}' runs again", "give it another method, or leave it out of the stretch")
 
 
 def _check_held(graph: Graph, plan: Plan, kind: type[KeptMethod], taken: set[str]) -> None:

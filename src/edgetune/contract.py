@@ -6,7 +6,8 @@ A method is a frozen settings record with a name. It comes in one of two shapes:
                     grad_input(g, weight, geometry) -> gx;  grad_weight(kept, g, geometry) -> gw
     SegmentMethod   claim(graph, plan) -> segments, each with a Rule: forward -> outputs, kept; backward -> gradients
 
-A KeptMethod stands beside either: it says how what is kept is held, as `codec(state)` does.
+A KeptMethod stands beside either: it says how what is kept is held, as `codec(state)` does, or what of it is not held
+but made again.
 
 Subclasses register themselves by name; `edgetune.methods` imports every file of its folders.
 """
@@ -198,6 +199,27 @@ def one_call(rule: Rule, call: Call) -> Segment:
                    params=tuple(call.params.values()), state=tuple(call.state.values()))
 
 
+_DRAWS_NOTHING = frozenset({"conv", "linear", "norm", "activation", "max_pool", "mean", "add", "scale", "subsample",
+                            "pad", "flatten"})
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Calls that follow one another and run again in backward: of all of them only what they read is kept."""
+
+    calls: tuple[Call, ...]
+
+    @property
+    def name(self) -> str:
+        """The first of its layers, for messages and listings."""
+        return next((call.name for call in self.calls if call.params), self.calls[0].name)
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether there may be a call in it that draws numbers, which must be the same ones again."""
+        return any(call.kind not in _DRAWS_NOTHING for call in self.calls)
+
+
 class SegmentMethod(Method):
     """A method whose backward spans several calls."""
 
@@ -220,7 +242,12 @@ class KeptMethod(Method):
     @classmethod
     def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
         """The segments that it takes of the layers which the plan gives to it, in what other methods have left."""
-        raise TypeError(f"method '{cls.method}' declares no claim")
+        return []
+
+    @classmethod
+    def stretches(cls, graph: Graph, plan: Plan) -> list[Stretch]:
+        """What is to run again in backward, around the segments of all methods; in the order of the graph."""
+        return []
 
 
 class CodedMethod(KeptMethod):

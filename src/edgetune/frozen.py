@@ -26,11 +26,11 @@ from edgetune.apply import apply
 from edgetune.cache.cut import copy_nodes, find_cut, tensors_read
 from edgetune.contract import Plan
 from edgetune.errors import ModelError, Refusal, RunError, WeightsError
+from edgetune.fold import compiled
 from edgetune.graph import Rerouted, evaluating, follow, reroute, rerouted, tensor_of
 from edgetune.quantize import Quantized, QuantizedNetwork, quantize
 from edgetune.recognise import IntegerLayer
 from edgetune.record import Record
-from edgetune.route import compiled
 
 NAME = "integer_front"
 """The qualified name of the integer part within its network."""

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetune.contract import Segment
 from edgetune.graph import Graph, follow
-from edgetune.hosts.cursor import current_call, working_on
+from edgetune.hosts.cursor import current_call, current_passes, working_on
 from edgetune.kernels import status
 from edgetune.kernels.native import SUFFIX
 from edgetune.kernels.schema import OPS
@@ -72,15 +72,19 @@ class Ledger(TorchDispatchMode):
 
         out, scratch = foreseen(func, args, kwargs, (on_cpu, torch._C._get_mkldnn_enabled()), run,
                                 lambda: scratch_bytes(func, args) if on_cpu else 0)
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes + scratch)
+        self._reached(self.live_bytes + scratch)
         return out
 
     def _allocated(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         self.live[key] = size
         self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self._reached(self.live_bytes)
         weakref.finalize(storage, self._freed, key)
+
+    def _reached(self, size: int) -> None:
+        """So many bytes are there at once."""
+        self.peak_bytes = max(self.peak_bytes, size)
 
     def _freed(self, key: int) -> None:
         self.live_bytes -= self.live.pop(key)
@@ -144,7 +148,7 @@ class Book(Ledger):
         """After the forward pass: name the keepers inside segments, and add up what is still alive."""
         for node in _nodes(root):
             segment = getattr(node, "segment", None)
-            if isinstance(segment, Segment):
+            if isinstance(segment, Segment) and node.passes is None:
                 inside = {call.name for call in segment.calls}
                 kept = node.saved_tensors[len(segment.params):]
                 for name, tensor in zip(node.kept_names, kept, strict=True):
@@ -170,7 +174,8 @@ class Book(Ledger):
             if node is None:
                 self.account(self._inside() or self._owner).forward_macs += count(args, out)
             else:
-                self.account(self._behind(node)).backward_macs += count(args, out)
+                owner = self._inside() if current_passes() is not None else None
+                self.account(owner or self._behind(node)).backward_macs += count(args, out)
         return out
 
     def _behind(self, node: Any) -> str:

@@ -7,6 +7,7 @@ then checks the plan with the very code that will run: its peak is predicted, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from pydantic import Field
@@ -14,7 +15,7 @@ from torch import nn
 
 from edgetune.contract import KeptMethod, Method, Plan
 from edgetune.draft import last_layers
-from edgetune.errors import BudgetError
+from edgetune.errors import BudgetError, Refusal
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.mobiletl import MobileTL
 from edgetune.methods.backward.pooled_chain import PooledChain
@@ -22,6 +23,7 @@ from edgetune.methods.backward.sparse_update import SparseUpdate
 from edgetune.prospect import Found, Prospect
 from edgetune.record import Record
 from edgetune.stopwatch import Progress
+from edgetune.stretches import checkpointed
 from edgetune.units import format_bytes, format_ms
 
 DEFAULT_METHODS: tuple[Method, ...] = (
@@ -34,6 +36,8 @@ NEAR = 0.8
 """A larger micro-batch is taken where it gains at least this share of what the best one does."""
 ENOUGH = 0.9999
 """Memory is not filled further where so much is gained of what could be with all the memory there is."""
+DEEPER = (4.0, 2.8, 2.0, 1.4)
+"""Plans that need so many times the memory are tried with stretches that run again."""
 ROUNDS, TIMED_ROUNDS = 6, 4
 """How many plans are tried by a real step, at most: for its memory, for its time."""
 
@@ -48,17 +52,20 @@ class Budget(Record):
 
 def plan(model: nn.Module, sample: torch.Tensor, budget: Budget,
          batch: tuple[torch.Tensor, torch.Tensor] | None = None, *, methods: Sequence[Method] = DEFAULT_METHODS,
-         holds: Sequence[KeptMethod] = (), optimizer_copies: int = 1, progress: Progress | None = None) -> Plan:
+         holds: Sequence[KeptMethod] = (), recompute: bool = False, optimizer_copies: int = 1,
+         progress: Progress | None = None) -> Plan:
     """Choose what learns, and how, to gain the most under the budget.
 
     `sample` x (n c h w) is a training batch; `batch` (x, y) calibrates importance and fidelity, by default the sample
     with labels drawn from the model. Among `methods` Exact must be one. Micro-batching is one of the planner's knobs.
-    Plans that hold what they keep by one of `holds` are weighed against those that keep it as it is. `progress` hears a
-    sentence when layers have to be timed, which a budget with `step_ms` needs once a machine.
+    Plans that hold what they keep by one of `holds` are weighed against those that keep it as it is, and with
+    `recompute` those of which stretches run again in backward, which takes time. `progress` hears a sentence when
+    layers have to be timed, which a budget with `step_ms` needs once a machine.
     Raises BudgetError, with the smallest budget that works, when not even the head can learn.
     """
     _, found = best([Planner(model, sample, batch, methods=methods, optimizer_copies=optimizer_copies,
-                             progress=progress, hold=hold) for hold in (None, *holds)], budget)
+                             progress=progress, hold=hold, recompute=recompute and hold is None)
+                     for hold in (None, *holds)], budget)
     return found.made
 
 
@@ -71,15 +78,17 @@ def best(planners: Sequence[Planner], budget: Budget) -> tuple[Planner, Found]:
 class Planner:
     """Plans for one network under as many budgets as one likes; what `plan` is told of, it is told of once.
 
-    With `hold` every convolution of its plans holds what it keeps by that. What is held in as many bytes as data ask
+    With `recompute` stretches of its plans may run again in backward, where more learns that way. With `hold` every
+    convolution of its plans holds what it keeps by that. What is held in as many bytes as data ask
     for counts with the most that its method allows: the method itself keeps to that, whatever data come later.
     """
 
     def __init__(self, model: nn.Module, sample: torch.Tensor,
                  batch: tuple[torch.Tensor, torch.Tensor] | None = None, *,
                  methods: Sequence[Method] = DEFAULT_METHODS, optimizer_copies: int = 1,
-                 progress: Progress | None = None, hold: KeptMethod | None = None) -> None:
+                 progress: Progress | None = None, hold: KeptMethod | None = None, recompute: bool = False) -> None:
         self.prospect = Prospect(model, sample, methods, optimizer_copies, batch, progress, hold)
+        self.recompute = recompute
         self.batch = len(sample)
         self._head_ms: dict[int, float] = {}
 
@@ -93,6 +102,11 @@ class Planner:
         Where a real step takes so much more memory than predicted that too little is left to gain, smaller
         micro-batches are tried.
         """
+        found = self._find(budget)
+        again = self._find_again(budget, found) if self.recompute and budget.memory_bytes is not None else None
+        return again or found
+
+    def _find(self, budget: Budget) -> Found:
         micro, expected = self.micro_batch(budget)
         best: Found | None = None
         while True:
@@ -108,6 +122,37 @@ class Planner:
                 self._spare_ms(budget.step_ms, micro)  # raises: parts as small as the memory asks for take too long
             raise self._too_little(budget.memory_bytes)
         return best
+
+    def _find_again(self, budget: Budget, found: Found) -> Found | None:
+        """A plan that gains more than `found`, as stretches of it run again in backward; None where there is none.
+
+        The largest parts of the batch are tried first: what does not fit in one part may fit in smaller ones.
+        """
+        memory, micro = budget.memory_bytes or 0, self.batch
+        while micro >= 1:
+            for wanted in (None, *(int(share * memory) for share in DEEPER)):
+                deeper = self.fill(wanted, None, micro)
+                if deeper.total.gain > found.total.gain and (made := self._again(deeper, budget)) is not None:
+                    return replace(deeper, made=made)
+            micro //= 2
+        return None
+
+    def _again(self, deeper: Found, budget: Budget) -> Plan | None:
+        """The plan of `deeper` with the stretches by which it keeps to the budget, if there are such."""
+        memory, prospect = budget.memory_bytes or 0, self.prospect
+        allowed = int(memory * MARGIN)
+        for _ in range(ROUNDS):
+            try:
+                made = checkpointed(prospect.model, prospect.sample, deeper.made, memory_bytes=allowed,
+                                    optimizer_copies=prospect.copies, graph=prospect.graph)
+            except (BudgetError, Refusal):
+                return None
+            took = prospect.measured_peak(made)
+            if took <= memory:
+                in_time = budget.step_ms is None or prospect.measured_ms(made) <= budget.step_ms
+                return made if in_time else None
+            allowed = int(0.99 * allowed * memory / took)
+        return None
 
     def micro_batch(self, budget: Budget) -> tuple[int, float]:
         """The largest micro-batch whose gain comes near the best one's, as smaller ones cost time; and its gain.

@@ -79,8 +79,8 @@ def profile(model: nn.Module, sample: torch.Tensor, plan: Plan | None = None, *,
     Refusal as `apply` does.
     """
     batch = sample.shape[0]
-    with _shadowed(model, sample, plan, graph) as (shadow, graph, x, device):
-        accounts = keep_book(shadow, graph, x, _on_labels(None, F.cross_entropy), device)
+    with shadowed(model, sample, plan, graph) as (shadow, graph, x, device):
+        accounts = keep_book(shadow, graph, x, on_labels(None, F.cross_entropy), device)
         with _freed(shadow, update_as_it_comes):
             peak = _simulated_peak(shadow, x, batch, device)
         return _cost(shadow, graph, accounts, (batch, x.shape[0]), peak, optimizer_copies, None)
@@ -89,15 +89,15 @@ def profile(model: nn.Module, sample: torch.Tensor, plan: Plan | None = None, *,
 def predicted_peak(model: nn.Module, sample: torch.Tensor, plan: Plan, graph: Graph, *,
                    optimizer_copies: int = 1) -> int:
     """`profile(...).peak_bytes` alone."""
-    with _shadowed(model, sample, plan, graph) as (shadow, _, x, device):
+    with shadowed(model, sample, plan, graph) as (shadow, _, x, device):
         peak = _simulated_peak(shadow, x, sample.shape[0], device)
         return _with_state(shadow, peak, optimizer_copies, x.shape[0] < sample.shape[0])
 
 
 def predicted_kept(model: nn.Module, sample: torch.Tensor, plan: Plan, graph: Graph) -> dict[str, int]:
     """The kept bytes of `profile(...).layers` by name, alone."""
-    with _shadowed(model, sample, plan, graph) as (shadow, _, x, device):
-        accounts = keep_book(shadow, graph, x, _on_labels(None, F.cross_entropy), device)
+    with shadowed(model, sample, plan, graph) as (shadow, _, x, device):
+        accounts = keep_book(shadow, graph, x, on_labels(None, F.cross_entropy), device)
         return {name: account.kept_bytes for name, account in accounts.items()}
 
 
@@ -106,9 +106,9 @@ def measured_peak(model: nn.Module, x: torch.Tensor, *, optimizer_copies: int = 
     """`measure(...).peak_bytes` alone, from real steps of the model as it stands."""
     micro = min(micro_batch or x.shape[0], x.shape[0])
     with _training(model), _left_as_found(model), _freed(model, update_as_it_comes):
-        loss = _on_labels(None, F.cross_entropy)
+        loss = on_labels(None, F.cross_entropy)
         _pass(model, x[:micro], loss)  # what is made once and kept (tables, code) does not count
-        _hold_gradients(model, held=micro < x.shape[0])
+        hold_gradients(model, held=micro < x.shape[0])
         peak = peak_during(x.device, lambda: _pass(model, x[:micro], loss))
         return _with_state(model, peak, optimizer_copies, micro < x.shape[0])
 
@@ -124,7 +124,7 @@ def measured_ms(model: nn.Module, x: torch.Tensor, *, micro_batch: int | None = 
 
 
 @contextmanager
-def _shadowed(model: nn.Module, sample: torch.Tensor, plan: Plan | None,
+def shadowed(model: nn.Module, sample: torch.Tensor, plan: Plan | None,
               graph: Graph | None) -> Iterator[tuple[nn.Module, Graph, torch.Tensor, torch.device]]:
     """A meta copy of the model with the plan applied, its graph, a micro-batch, and the device it stands for."""
     device, batch = next((p.device for p in model.parameters()), sample.device), sample.shape[0]
@@ -140,10 +140,10 @@ def _shadowed(model: nn.Module, sample: torch.Tensor, plan: Plan | None,
 
 
 def _simulated_peak(shadow: nn.Module, x: torch.Tensor, batch: int, device: torch.device) -> int:
-    _hold_gradients(shadow, held=x.shape[0] < batch)
+    hold_gradients(shadow, held=x.shape[0] < batch)
     ledger = Ledger(device)
     with ledger:
-        _pass(shadow, x, _on_labels(None, F.cross_entropy))
+        _pass(shadow, x, on_labels(None, F.cross_entropy))
     return ledger.peak_bytes
 
 
@@ -167,11 +167,11 @@ def measure(model: nn.Module, x: torch.Tensor, y: torch.Tensor | None = None, *,
     part, labels = x[:micro], None if y is None else y[:micro]
     with _training(model), _left_as_found(model):
         graph = trace(model, part)
-        accounts = keep_book(model, graph, part, _on_labels(labels, loss), device)
+        accounts = keep_book(model, graph, part, on_labels(labels, loss), device)
         step_ms = statistics.median(_timed(model, x, y, loss, micro) for _ in range(repeats))
-        _hold_gradients(model, held=micro < batch)
+        hold_gradients(model, held=micro < batch)
         with _freed(model, update_as_it_comes):
-            peak = peak_during(device, lambda: _pass(model, part, _on_labels(labels, loss)))
+            peak = peak_during(device, lambda: _pass(model, part, on_labels(labels, loss)))
         return _cost(model, graph, accounts, (batch, micro), peak, optimizer_copies, step_ms)
 
 
@@ -209,14 +209,14 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         with torch.random.fork_rng():
-            _hold_gradients(model, held=False)
+            hold_gradients(model, held=False)
             yield
     finally:
         for parameter, grad in grads:
             parameter.grad = grad
 
 
-def _hold_gradients(model: nn.Module, held: bool) -> None:
+def hold_gradients(model: nn.Module, held: bool) -> None:
     """What a pass finds: gradients of the micro-batches before it, or none."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if held and parameter.requires_grad else None
@@ -229,7 +229,7 @@ def _freed(model: nn.Module, as_they_come: bool) -> Iterator[None]:
         yield
 
 
-def _on_labels(y: torch.Tensor | None, loss: Loss) -> Callable[[Any], torch.Tensor]:
+def on_labels(y: torch.Tensor | None, loss: Loss) -> Callable[[Any], torch.Tensor]:
     """The loss of an output; class 0 is the label where none is given."""
     def of(out: Any) -> torch.Tensor:
         if y is not None:
@@ -250,12 +250,12 @@ def _pass(model: nn.Module, x: torch.Tensor, loss: Callable[[Any], torch.Tensor]
 
 def _timed(model: nn.Module, x: torch.Tensor, y: torch.Tensor | None, loss: Loss, micro: int) -> float:
     """Milliseconds of forward, loss and backward over the whole batch."""
-    _hold_gradients(model, held=False)
+    hold_gradients(model, held=False)
     _wait(x.device)
     start = time.perf_counter()
     for first in range(0, x.shape[0], micro):
         part, labels = x[first:first + micro], None if y is None else y[first:first + micro]
-        _pass(model, part, _on_labels(labels, loss))
+        _pass(model, part, on_labels(labels, loss))
     _wait(x.device)
     return 1e3 * (time.perf_counter() - start)
 

@@ -1,5 +1,7 @@
 """Running a model's own graph with planned segments in it: code is generated once, and looked up by mode.
 
+Stretches stand around the segments: what of them is in a stretch runs again in backward (see `edgetune.fold`).
+
 Modules keep their types and their names; the model's `forward` becomes the generated code wherever gradients are
 wanted, and stays its own elsewhere.
 """
@@ -7,25 +9,29 @@ wanted, and stays its own elsewhere.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from edgetune.contract import Segment
+from edgetune.contract import Segment, Stretch
 from edgetune.errors import Refusal
+from edgetune.fold import compiled, fold, pick
 from edgetune.graph import follow
 from edgetune.hosts.segment import runner
 
 
-def route(model: nn.Module, segments: list[Segment]) -> Callable[[], None]:
-    """Give the model a forward in which every segment is one call; returns the way back."""
-    if not segments:
+def route(model: nn.Module, segments: list[Segment], stretches: Sequence[Stretch] = ()) -> Callable[[], None]:
+    """Give the model a forward in which every segment is one call, and every stretch around some; returns the way back.
+
+    A segment lies in one stretch, or outside of all.
+    """
+    if not segments and not stretches:
         return lambda: None
     runners = [runner(segment, f"segment_{number}") for number, segment in enumerate(segments)]
-    graphs = {mode: _planned(model, mode, segments, runners) for mode in (False, True)}
+    graphs = {mode: _planned(model, mode, segments, runners, stretches) for mode in (False, True)}
     instance_forward = model.__dict__.get("forward")
     model.__dict__["_edgetune"] = _Routes(graphs, instance_forward)
     model.forward = types.MethodType(_routed_forward, model)
@@ -67,8 +73,8 @@ def routed_graph(model: nn.Module) -> fx.Graph | None:
 
 
 def _planned(model: nn.Module, training: bool, segments: list[Segment],
-             runners: list[Callable[..., Any]]) -> fx.Graph:
-    """The model's own graph with its segments put in, as single calls."""
+             runners: list[Callable[..., Any]], stretches: Sequence[Stretch]) -> fx.Graph:
+    """The model's own graph with its segments put in, as single calls, and then its stretches."""
     before = model.training
     model.train(training)
     try:
@@ -77,39 +83,42 @@ def _planned(model: nn.Module, training: bool, segments: list[Segment],
         model.train(before)
     assert graph is not None
     nodes = {node.name: node for node in graph.nodes}
-    for segment, run in zip(segments, runners, strict=True):
-        unknown = [call.node for call in segment.calls if call.node not in nodes]
-        if unknown:
-            raise Refusal(segment.name, "is called differently in training than in evaluation",
+    parts: tuple[Segment | Stretch, ...] = (*segments, *stretches)
+    for part in parts:
+        if any(call.node not in nodes for call in part.calls):
+            raise Refusal(part.name, "is called differently in training than in evaluation",
                           "leave it out of the plan")
-        _replace(graph, nodes, segment, run)
+    stretch_of = {nodes[call.node]: number for number, stretch in enumerate(stretches) for call in stretch.calls}
+    for segment, run in zip(segments, runners, strict=True):
+        number = stretch_of.get(nodes[segment.calls[0].node])
+        made = _replace(graph, nodes, segment, run)
+        if number is not None:
+            stretch_of |= dict.fromkeys(made, number)
     _sort(graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
+    for number, stretch in enumerate(stretches):
+        fold(graph, stretch, [node for node in graph.nodes if stretch_of.get(node) == number], f"stretch_{number}")
+    _sort(graph)
     graph.lint()
     return graph
 
 
-def compiled(model: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    """The graph's source code as a function of the model."""
-    source = graph.python_code("self")
-    scope: dict[str, Any] = dict(source.globals)
-    exec(compile(source.src, f"<edgetune forward of {type(model).__name__}>", "exec"), scope)
-    forward: Callable[..., Any] = scope["forward"]
-    return forward
-
-
-def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], segment: Segment, run: Callable[..., Any]) -> None:
+def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], segment: Segment,
+             run: Callable[..., Any]) -> list[fx.Node]:
+    """Put a segment in; gives the nodes that are there in its place."""
     last = nodes[segment.calls[-1].node]
     with graph.inserting_after(last):
         call = graph.create_node("call_function", run, name=run.__name__)
     with graph.inserting_before(call):
         params = tuple(graph.create_node("get_attr", name) for name in (*segment.params, *segment.state))
     call.args = (*(nodes[name] for name in segment.inputs), *params)
+    made = [call]
     for index, name in enumerate(segment.outputs):
         value = call
         if len(segment.outputs) > 1:
             with graph.inserting_after(call):
-                value = graph.create_node("call_function", _pick, (call, index), name=f"{run.__name__}_{index}")
+                value = graph.create_node("call_function", pick, (call, index), name=f"{run.__name__}_{index}")
+            made.append(value)
         nodes[name].replace_all_uses_with(value, delete_user_cb=lambda user: user is not call)
         stale, nodes[name] = nodes[name], value
         nodes[f"stale:{stale.name}"] = stale
@@ -117,10 +126,7 @@ def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], segment: Segment, run: 
         node = nodes.pop(f"stale:{member.node}", None) or nodes[member.node]
         if not node.users:
             graph.erase_node(node)
-
-
-def _pick(values: tuple[torch.Tensor, ...], index: int) -> torch.Tensor:
-    return values[index]
+    return made
 
 
 def _sort(graph: fx.Graph) -> None:

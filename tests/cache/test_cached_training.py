@@ -428,7 +428,7 @@ class TestSurroundings:
         assert before is not None and before.found > 0
         assert resume(tmp_path / "out", model=network(seed=9), data=digits).cached == before
 
-    @pytest.mark.parametrize("wrong", [{"codec": "int4"}, {"views": 0}, {"size_bytes": 0}, {"keep": "tape"}])
+    @pytest.mark.parametrize("wrong", [{"codec": "int3"}, {"views": 0}, {"size_bytes": 0}, {"keep": "tape"}])
     def test_settings_that_make_no_sense(self, wrong: dict[str, object]) -> None:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Cache(**wrong)

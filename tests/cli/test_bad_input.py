@@ -147,7 +147,9 @@ class TestNames:
     def test_blocks_are_counted_by_methods_that_know_them(self, out: Path) -> None:
         plan = ("plan", "--limit", 20, "--out", out)
         assert "give one of them" in refusal(*plan, "--last", 1, "--last-blocks", 1)
-        assert "choose from comet, low_bit" in refusal(*plan, "--hold", "exact")
+        assert "choose from checkpoint, comet, low_bit" in refusal(*plan, "--hold", "exact")
+        assert "say --method asi" in refusal(*plan, "--method", "exact", "--kept", "1MiB")
+        assert "the smallest budget that works here is" in refusal(*plan, "--method", "asi", "--kept", "1KiB")
         assert "say how many with --last-blocks" in refusal(*plan, "--method", "tinytl", "--last", 1)
         assert "use --method exact" in refusal(*plan, "--last-blocks", 1)
         assert "the network has 2: ask for" in refusal(*plan, "--method", "tinytl", "--last-blocks", 3)
@@ -317,7 +319,7 @@ class TestCache:
             (("--cache", "tape"), "--cache cannot be 'tape': choose one of off, memory, disk"),
             (("--cache-size", "2GiB"), "--cache-size says how to cache, but nothing is cached: add --cache memory"),
             (("--cache-views", 2), "--cache-views says how to cache"),
-            (("--cache", "disk", "--cache-codec", "int4"), "--cache-codec cannot be 'int4': choose one of float32, fl"),
+            (("--cache", "disk", "--cache-codec", "int3"), "--cache-codec cannot be 'int3': choose one of float32, fl"),
             (("--cache", "disk", "--cache-size", "much"), "'much' is not an amount of memory"),
             (("--cache", "memory", "--cache-folder", "x"), "--cache-folder is for features on disk"),
         ],

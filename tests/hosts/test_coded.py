@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +89,7 @@ def agree(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     assert found.keys() == expected.keys()
     for name in expected:
         largest = float(expected[name].abs().max())
-        assert float((found[name] - expected[name]).abs().max()) <= 2e-5 * (largest + 1e-3), name
+        assert float((found[name] - expected[name]).abs().max()) <= 5e-5 * (largest + 1e-3), name
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
@@ -103,3 +108,35 @@ def test_it_stands_beside_any_method(name: str, method: Method) -> None:
 def test_what_another_method_keeps_its_own_way_is_refused() -> None:
     with pytest.raises(Refusal, match=r"layer 'stem.0'.*another method keeps its values"):
         both("Residual", PooledChain(patch_px=2))
+
+
+@pytest.mark.parametrize("fails", ["forward", "backward"])
+def test_a_failure_leaves_nothing_alive(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    """Bytes that were written, and values that were read, are let go of; the next step is as if nothing had been."""
+    model, x = scramble(Stem()), torch.randn(2, 3, 32, 32)
+    et.apply(model, with_held(last_layers(et.trace(model, x), None, Exact(), scales=True)))
+    wanted = gradients(model, x)
+    alive: list[weakref.ref[torch.UntypedStorage]] = []
+    with monkeypatch.context() as patch:
+        for name, last in (("encode", fails == "forward"), ("decode", fails == "backward")):
+            patch.setattr(Float32, name, watched(getattr(Float32, name), alive, last))
+        with pytest.raises(MemoryError):
+            gradients(model, x)
+    gc.collect()
+    assert len(alive) >= 2 and all(ref() is None for ref in alive)
+    torch.testing.assert_close(gradients(model, x), wanted)
+
+
+def watched(real: Callable[..., torch.Tensor], alive: list[weakref.ref[torch.UntypedStorage]],
+            fails: bool) -> Callable[..., torch.Tensor]:
+    """`real` that tells what it made, and `fails` the second time."""
+    calls = itertools.count(1)
+
+    def run(*arguments: Any) -> torch.Tensor:
+        made = real(*arguments).clone()
+        alive.append(weakref.ref(made.untyped_storage()))
+        if fails and next(calls) == 2:
+            raise MemoryError("no more")
+        return made
+
+    return run

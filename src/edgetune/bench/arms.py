@@ -16,7 +16,7 @@ from torch import nn
 
 from edgetune.apply import apply
 from edgetune.contract import KeptMethod, Method, Plan
-from edgetune.draft import last_layers
+from edgetune.draft import held_by, last_layers
 from edgetune.frozen import front_of, install
 from edgetune.graph import Graph, trace
 from edgetune.lowrank import choose_ranks
@@ -38,6 +38,7 @@ from edgetune.quantize import last_layers as last_integers
 from edgetune.quantize.network import Learns
 from edgetune.quantize.weights import Held
 from edgetune.sparse.scheme import place_windows, released_schemes, sparse_plan
+from edgetune.stretches import checkpointed, sqrt_stretches
 
 BATCH = 32
 
@@ -143,21 +144,30 @@ KEPT: dict[str, KeptMethod] = {
 def held(count: int | None, method: KeptMethod) -> Prepare:
     """Exact gradients in the last `count` convolutions (None: all), norms' scales too; what is kept by `method`."""
 
-    def plan(graph: Graph) -> Plan:
-        made = last_layers(graph, count, Exact(), scales=True)
-        return made.model_copy(update={"layers": {name: (*stack, method) for name, stack in made.layers.items()}})
-
-    return planned(plan)
+    return planned(lambda graph: held_by(last_layers(graph, count, Exact(), scales=True), graph, method))
 
 
-def low_rank(count: int, times: float) -> Prepare:
+def recomputed(count: int | None, textbook: bool = False) -> Prepare:
+    """Exact gradients likewise, with stretches that run again in backward: those for the lowest peak, or `textbook`."""
+
+    def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+        graph = trace(model, x[:BATCH])
+        plan = last_layers(graph, count, Exact(), scales=True)
+        made = sqrt_stretches(graph, plan) if textbook else checkpointed(model, x[:BATCH], plan, graph=graph)
+        apply(model, made, graph)
+        return Trainee(model, plan=made)
+
+    return prepare
+
+
+def low_rank(count: int, times: float, scales: bool = True) -> Prepare:
     """ASI in the last `count` convolutions: their inputs kept in `times` fewer bytes, the ranks chosen by a batch."""
 
     def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
         x, y = x[:BATCH], y[:BATCH]
         graph = trace(model, x)
         inputs = sum(math.prod(call.in_shapes[0]) * x.element_size() for call in graph.layers("conv")[-count:])
-        apply(model, choose_ranks(model, (x, y), int(inputs / times), last=count, scales=True, graph=graph), graph)
+        apply(model, choose_ranks(model, (x, y), int(inputs / times), last=count, scales=scales, graph=graph), graph)
         return Trainee(model)
 
     return prepare

@@ -1,8 +1,10 @@
-"""`edgetune bench held`: whole steps of networks in which everything learns, what is kept held in fewer bytes.
+"""`edgetune bench held`: whole steps of networks in which everything learns, what is kept held in fewer bytes or made
+again.
 
 Real photos through pretrained networks, as how small a map becomes depends on what it is. Plain and methods take turns,
 each in the memory order in which it is faster. Some steps come before, so that bounds which follow gradients have
-settled. "exact" is the host's own exact gradient, with nothing held in fewer bits.
+settled. "exact" is the host's own exact gradient, with nothing held in fewer bits. "sqrt(n) stretches" run again as in
+textbooks, all but the last of about sqrt(n) of them; "planned stretches" are those found for the lowest peak.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import nn
 
 from edgetune.bench import timing
 from edgetune.bench.activations import NETWORKS
-from edgetune.bench.arms import KEPT, held, planned, stock
+from edgetune.bench.arms import KEPT, Prepare, held, planned, recomputed, stock
 from edgetune.bench.arms import last as last_by
 from edgetune.bench.steps import LAYOUTS, Stepper, fastest, memory
 from edgetune.kernels import heap
@@ -26,6 +28,12 @@ from edgetune.record import Record
 RATIOS = ("speedup", "kept_ratio", "peak_ratio")
 SETTLING = 3
 """Steps before what is measured."""
+METHODS: dict[str, Prepare] = {
+    "exact": planned(last_by(None, Exact(), scales=True)),
+    **{name: held(None, method) for name, method in KEPT.items()},
+    "sqrt(n) stretches": recomputed(None, textbook=True),
+    "planned stretches": recomputed(None),
+}
 
 
 class HeldOptions(Record):
@@ -33,7 +41,7 @@ class HeldOptions(Record):
 
     data: str = os.environ.get("EDGETUNE_DATA", "../shared/data")
     models: tuple[str, ...] = tuple(NETWORKS)
-    methods: tuple[str, ...] = ("exact", *KEPT)
+    methods: tuple[str, ...] = tuple(METHODS)
     size_px: int = Field(224, ge=32)
     batch: int = Field(8, ge=1)
     threads: int = Field(2, ge=1)
@@ -64,9 +72,8 @@ def _network(name: str, options: HeldOptions) -> Iterator[timing.Row]:
     x, y = photos.seen(chosen, epoch=0), photos.labels[chosen]
 
     def stepper(what: str, layout: str) -> Stepper:
-        prepare = {"plain": stock(None), "exact": planned(last_by(None, Exact(), scales=True))}
         model: nn.Module = start.model(data, seed=0)
-        (prepare.get(what) or held(None, KEPT[what]))(model, x, y)
+        METHODS.get(what, stock(None))(model, x, y)
         model.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
         own = Stepper(model, x.contiguous(memory_format=LAYOUTS[layout]), y)
         for _ in range(SETTLING):

@@ -20,7 +20,21 @@ from typing import Any
 import torch
 
 from edgetune.bench.adapt import adapt
-from edgetune.bench.arms import KEPT, Arm, chain, held, integers, last, leave, low_rank, planned, scheme, stock, tinytl
+from edgetune.bench.arms import (
+    KEPT,
+    Arm,
+    chain,
+    held,
+    integers,
+    last,
+    leave,
+    low_rank,
+    planned,
+    recomputed,
+    scheme,
+    stock,
+    tinytl,
+)
 from edgetune.bench.cases import DIGITS_NET, IMAGENET_V2, RESNET20, RESNET20_JPEG, Bench, Case, Recipe, pupil
 from edgetune.bench.cells import Line
 from edgetune.bench.costs import CLOCK, kept_of_whole, step_costs
@@ -83,6 +97,7 @@ SPARSE = Case(
 
 BEFORE = Arm("before", stock(), trains=False)
 HEAD = Arm("head only", stock(0), rates=HEAD_RATES)
+AGAIN = Arm("checkpointed", recomputed(6))
 FRESH_HEAD = replace(HEAD, rates=(0.01, 0.03, 0.1))
 """A head that knows nothing yet, on many features."""
 
@@ -137,7 +152,10 @@ def coded(count: int | None) -> tuple[Arm, ...]:
 
 def ranks(count: int) -> tuple[Arm, ...]:
     """What is kept as factors, in so many times fewer bytes."""
-    return tuple(Arm(f"ASI, {times}x", low_rank(count, times)) for times in (10, 50))
+    return (
+        *(Arm(f"ASI, {times}x", low_rank(count, times)) for times in (10, 50)),
+        Arm("ASI, 50x, without scales", low_rank(count, 50, scales=False)),
+    )
 
 
 def bases(count: int) -> tuple[Arm, ...]:
@@ -173,7 +191,7 @@ ROWS: tuple[tuple[Case, Arm], ...] = (
         (CIFAR, arm)
         for arm in (plain(6), BEFORE, *int8_published(6), HEAD, *chains(6), exact(6), exact(6, scales=True))
     ),
-    *((CIFAR, arm) for arm in (*int8(6), branches(3), *coded(6), *ranks(6), *bases(6))),
+    *((CIFAR, arm) for arm in (*int8(6), branches(3), *coded(6), *ranks(6), *bases(6), AGAIN)),
     # the last three inverted residual blocks and the convolution behind them: ten convolutions
     *((FLOWERS, arm) for arm in (plain(10), mobiletl(3), exact(10), FRESH_HEAD, branches(3), *chains(10)[:2])),
     *((FLOWERS, arm) for arm in (*coded(10)[:3], *ranks(10))),

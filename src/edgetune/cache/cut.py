@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from edgetune.errors import Refusal
+from edgetune.fold import compiled
 from edgetune.graph import carries_hooks, follow, rerouted
 from edgetune.meter import PRODUCTS
-from edgetune.route import compiled, routed_graph
+from edgetune.route import routed_graph
 
 PROBES = 5
 """Samples of a trial run; no usual number, so that a first axis of that length is the batch."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SUITES = {
     "layers": "single convolutions",
     "steps": "whole training steps",
-    "held": "whole training steps that hold what they keep in fewer bytes",
+    "held": "whole training steps that hold what they keep in fewer bytes, or make it again",
     "cache": "epochs from cached features",
     "transfer": "accuracy after adapting",
     "training": "ways to train on a device side by side",
@@ -51,6 +51,7 @@ SHOWN = (
     "baseline_ms",
     "method_ms",
     "speedup",
+    "macs_again",
     "backward_speedup",
     "grid_speedup",
     "method_speedup",

@@ -133,13 +133,25 @@ Last = Annotated[
         help=("How many of the last convolutions learn in the plan made by hand; all when left out."),
     ),
 ]
+Kept = Annotated[
+    str | None,
+    typer.Option(
+        "--kept",
+        metavar="BYTES",
+        show_default=False,
+        help="With --method asi: the inputs of all layers that learn may keep so much; their ranks are chosen by that.",
+    ),
+]
 Hold = Annotated[
     str | None,
     typer.Option(
         "--hold",
         metavar="NAME",
         show_default=False,
-        help=("How what is kept for backward may be held in fewer bytes: comet or low_bit. The planner weighs it."),
+        help=(
+            "How what is kept for backward may be held in fewer bytes: comet or low_bit; or checkpoint, to compute it "
+            "again. The planner weighs it."
+        ),
     ),
 ]
 FrozenBits = Annotated[

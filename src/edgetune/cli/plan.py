@@ -34,7 +34,9 @@ EXAMPLES = (
     ("edgetune plan --method pooled_chain --patch-px 4 --last 6", "the last six convolutions, filtered at 4 px"),
     ("edgetune plan --method tinytl --last-blocks 2", "biases, and small branches beside the last two blocks"),
     ("edgetune plan --model mobilenet_v3_small --data photos --last-blocks 3", "the last three blocks, by mobiletl"),
+    ("edgetune plan --method asi --last 4 --kept 64KiB", "inputs kept as factors, their ranks chosen for the bytes"),
     ("edgetune plan --memory 2MiB --hold low_bit", "what is kept may be held in 4 or 2 bits a value, where that gains"),
+    ("edgetune plan --memory 4MiB --hold checkpoint", "layers may run again in backward, where more learns that way"),
     ("edgetune plan --memory 1MiB --step-ms 60 --explain", "why each layer got what it got, under both limits"),
     ("edgetune plan --memory 1MiB --pareto front.svg", "what more or less memory and time would bring, as a picture"),
     ("edgetune train --plan plan.json", "train by the plan, edited or not"),
@@ -77,6 +79,7 @@ def plan(
     last: options.Last = None,
     last_blocks: options.LastBlocks = None,
     scheme: Scheme = None,
+    kept: options.Kept = None,
     hold: options.Hold = None,
     batch_size: options.BatchSize = 32,
     size: options.Size = None,
@@ -115,6 +118,7 @@ def plan(
         last=last,
         last_blocks=last_blocks,
         scheme=scheme,
+        kept=kept,
         hold=hold,
     )
     _check(wish, explain, pareto)

@@ -121,6 +121,7 @@ class Wish:
     last_blocks: int | None = None
     file: Path | None = None
     scheme: str | None = None
+    kept: str | None = None
     hold: str | None = None
 
     @property
@@ -152,6 +153,10 @@ class Wish:
                 "--scheme names a published plan: leave out --memory, --step-ms, --method, --patch-px, --taps, "
                 "--last and --last-blocks"
             )
+        if self.kept is not None:
+            if self.method != "asi" or self.last_blocks is not None:
+                raise PlanError("--kept chooses the ranks of asi: say --method asi, with --last or without")
+            parse_bytes(self.kept)
         if self.hold is not None:
             hold_named(self.hold)
         if self.memory is not None:
@@ -183,8 +188,9 @@ def planned(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> P
     from edgetune.contract import Plan
     from edgetune.draft import held_by
     from edgetune.errors import PlanError
+    from edgetune.methods.backward.checkpoint import Checkpoint
     from edgetune.plan import Budget, Planner, best
-    from edgetune.sparse import released_plan
+    from edgetune.stretches import checkpointed
 
     wish.check()
     if wish.file is not None:
@@ -194,10 +200,12 @@ def planned(model: nn.Module, x: torch.Tensor, y: torch.Tensor, wish: Wish) -> P
     hold = None if wish.hold is None else hold_named(wish.hold)
     if wish.by_hand or wish.scheme is not None:
         graph = graph_of(model, x)
-        made = released_plan(model, graph, wish.scheme) if wish.scheme is not None else _by_hand(graph, wish)
+        made = _without_planner(model, graph, (x, y), wish)
+        if isinstance(hold, Checkpoint):
+            return Planned(checkpointed(model, x, made, graph=graph), Budget())
         return Planned(held_by(made, graph, hold), Budget())
-    holds = (None, *(() if hold is None else hold.choices()))
-    planners = [Planner(model, x, (x, y), progress=say, hold=hold) for hold in holds]
+    again, holds = isinstance(hold, Checkpoint), () if hold is None else hold.choices()
+    planners = [Planner(model, x, (x, y), progress=say, hold=own, recompute=again) for own in (None, *holds)]
     if wish.memory is None and wish.step_ms is None:
         return _planned_by_default(planners, model, x)
     budget = Budget(memory_bytes=None if wish.memory is None else parse_bytes(wish.memory), step_ms=wish.step_ms)
@@ -216,6 +224,18 @@ def hold_named(name: str) -> KeptMethod:
         raise PlanError(f"--hold names how kept values are held, and '{method.method}' says nothing of that: "
                         f"choose from {', '.join(known)}")  # fmt: skip
     return method
+
+
+def _without_planner(model: nn.Module, graph: Graph, batch: tuple[torch.Tensor, torch.Tensor], wish: Wish) -> Plan:
+    """A published scheme, ranks chosen for a number of bytes, or one method for all."""
+    from edgetune.lowrank import choose_ranks
+    from edgetune.sparse import released_plan
+
+    if wish.scheme is not None:
+        return released_plan(model, graph, wish.scheme)
+    if wish.kept is not None:
+        return choose_ranks(model, batch, parse_bytes(wish.kept), last=wish.last, graph=graph)
+    return _by_hand(graph, wish)
 
 
 def _by_hand(graph: Graph, wish: Wish) -> Plan:

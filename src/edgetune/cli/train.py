@@ -120,6 +120,7 @@ def train(
     taps: options.Taps = None,
     last: options.Last = None,
     last_blocks: options.LastBlocks = None,
+    kept: options.Kept = None,
     hold: options.Hold = None,
     val_fraction: options.ValFraction = None,
     size: options.Size = None,
@@ -163,6 +164,7 @@ def train(
         last=last,
         last_blocks=last_blocks,
         file=plan,
+        kept=kept,
         hold=hold,
     )
     settings = {

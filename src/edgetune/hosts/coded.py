@@ -73,26 +73,34 @@ class CodedRule:
         flows = {node: gy for node, gy in zip(segment.outputs, gys, strict=True) if gy is not None}
         book = _Reader(self, kept)
         for part in reversed(self.parts):
-            gy = flows.pop(part.outputs[0], None)
-            if gy is None or part.outputs[0] not in live:
-                continue
-            working_on(part.calls[-1])
-            given = book.read(part)
-            gxs, found = part.rule.backward(part, given, (gy,), params, _part_needs(part, live, needs))
-            self._learn(part, given, gy, found, params)
-            for name, grad in found.items():
-                grads[name] = grads[name] + grad if name in grads else grad
-            for source, gx in zip(part.inputs, gxs, strict=True):
-                if gx is not None:
-                    flows[source] = flows[source] + gx if source in flows else gx
+            if part.outputs[0] in live and part.outputs[0] in flows:
+                working_on(part.calls[-1])
+                for name, grad in self._back(part, book, flows, params, _part_needs(part, live, needs)).items():
+                    grads[name] = grads[name] + grad if name in grads else grad
         return tuple(flows.get(node) if wanted else None
                      for node, wanted in zip(segment.inputs, needs.inputs, strict=True)), grads
 
-    def _learn(self, part: Segment, given: Tensors, gy: torch.Tensor, found: Tensors, params: Tensors) -> None:
-        call, owner = part.calls[-1], self.owners.get(part.inputs[0])
-        gw = found.get(call.params.get("weight", ""))
-        if owner is not None and owner.call == call and gw is not None and "x" in given:
-            owner.method.learn(given["x"], gy, gw, owner.state(params))
+    def _back(self, part: Segment, book: _Reader, flows: dict[str, torch.Tensor], params: Tensors,
+              needs: Needs) -> dict[str, torch.Tensor]:
+        """Take the gradient of a part's output out of `flows` and add those of its inputs; its parameters' gradients.
+
+        Who calls holds no map that backward may let go of meanwhile.
+        """
+        given, learner = book.read(part), self._learner(part)
+        gy = None if learner is None else flows[part.outputs[0]]
+        gxs, found = part.rule.backward(part, given, (flows.pop(part.outputs[0]),), params, needs)
+        gw = found.get(part.calls[-1].params.get("weight", ""))
+        if learner is not None and gy is not None and gw is not None and "x" in given:
+            learner.method.learn(given["x"], gy, gw, learner.state(params))
+        for source, gx in zip(part.inputs, gxs, strict=True):
+            if gx is not None:
+                flows[source] = flows[source] + gx if source in flows else gx
+        return found
+
+    def _learner(self, part: Segment) -> Owner | None:
+        """Who writes what a convolution reads, and may look at what came of it."""
+        owner = self.owners.get(part.inputs[0])
+        return owner if owner is not None and owner.call == part.calls[-1] else None
 
 
 def _part_needs(part: Segment, live: frozenset[str], needs: Needs) -> Needs:

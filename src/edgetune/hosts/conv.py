@@ -29,32 +29,45 @@ def input_gradient(g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry
     height, width = geometry.in_hw
     if geometry.symmetric:
         x = g.new_empty(1).expand(n, geometry.in_channels, height, width)
-        return _backward(g, x, weight.to(g.dtype), geometry, (top, left), wants_input=True)
+        return _backward(g, x, weight.to(g.dtype), geometry, (top, left), (True, False))[0]
     padded = g.new_empty(1).expand(n, geometry.in_channels, height + top + bottom, width + left + right)
-    gx = _backward(g, padded, weight.to(g.dtype), geometry, (0, 0), wants_input=True)
+    gx, _ = _backward(g, padded, weight.to(g.dtype), geometry, (0, 0), (True, False))
     return gx[:, :, top:top + height, left:left + width]
 
 
 def weight_gradient(x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
     """The exact gw (o i u v) of the layer from x (n c h w) and g (n o p q)."""
     top, bottom, left, right = geometry.pads
-    if geometry.kernel == (1, 1) and geometry.stride != (1, 1) and geometry.in_channels < 8:
-        # oneDNN 3 without AVX-512 gets these wrong channels last, and writes beyond its buffers
+    if _few_pointwise(geometry):
         x, g = x.contiguous(), g.contiguous()
     shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel)
     weight = g.new_empty(1).expand(shape)
     if geometry.symmetric:
-        return _backward(g, x.to(g.dtype), weight, geometry, (top, left), wants_input=False)
+        return _backward(g, x.to(g.dtype), weight, geometry, (top, left), (False, True))[1]
     padded = F.pad(x.to(g.dtype), (left, right, top, bottom))
-    return _backward(g, padded, weight, geometry, (0, 0), wants_input=False)
+    return _backward(g, padded, weight, geometry, (0, 0), (False, True))[1]
+
+
+def both_gradients(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor,
+                   geometry: ConvGeometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact gx and gw at once: torch puts g into its own order only once, and follows the memory order of x."""
+    top, _, left, _ = geometry.pads
+    if geometry.symmetric and not _few_pointwise(geometry):
+        return _backward(g, x.to(g.dtype), weight.to(g.dtype), geometry, (top, left), (True, True))
+    return input_gradient(g, weight, geometry), weight_gradient(x, g, geometry)
+
+
+def _few_pointwise(geometry: ConvGeometry) -> bool:
+    """Where oneDNN, without AVX-512, makes wrong weight gradients channels last, and writes beyond its buffers."""
+    return geometry.kernel == (1, 1) and geometry.stride != (1, 1) and geometry.in_channels < 8
 
 
 def _backward(g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
-              padding: tuple[int, int], wants_input: bool) -> torch.Tensor:
+              padding: tuple[int, int], wanted: tuple[bool, bool]) -> tuple[torch.Tensor, torch.Tensor]:
     # torch computes only what the mask asks for; the tensor that is not read may be a stand-in without memory
-    grads = torch.ops.aten.convolution_backward(g, x, weight, None, geometry.stride, padding, geometry.dilation,
-                                                False, (0, 0), geometry.groups, (wants_input, not wants_input, False))
-    return grads[0] if wants_input else grads[1]
+    gx, gw, _ = torch.ops.aten.convolution_backward(g, x, weight, None, geometry.stride, padding, geometry.dilation,
+                                                    False, (0, 0), geometry.groups, (*wanted, False))
+    return gx, gw
 
 
 def geometry_at(call: Call, x: torch.Tensor) -> ConvGeometry:

@@ -75,12 +75,16 @@ class NormRule:
         call, gy = segment.calls[0], gys[0]
         if gy is None:
             return (None,), {}
-        grads: dict[str, torch.Tensor] = {}
         weight, bias = call.params.get("weight", ""), call.params.get("bias", "")
+        if weight in needs.params:  # torch makes all three in one pass over the maps
+            wanted = (needs.inputs[0], True, bias in needs.params)
+            gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
+                gy, kept["x"], params[weight], params[call.params["running_mean"]], params[call.params["running_var"]],
+                None, None, False, eps(call), wanted)
+            return (gx if wanted[0] else None,), {weight: gw} | ({bias: gb} if wanted[2] else {})
+        grads: dict[str, torch.Tensor] = {}
         if bias in needs.params:
             grads[bias] = gy.sum((0, 2, 3), dtype=params[bias].dtype)
-        if weight in needs.params:
-            grads[weight] = scale_gradient(call, gy, kept["x"], params)
         gx = gy * per_channel(norm_scale(call, params)).to(gy.dtype) if needs.inputs[0] else None
         return (gx,), grads
 

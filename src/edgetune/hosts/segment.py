@@ -7,13 +7,15 @@ gradients, DistributedDataParallel and `needs_input_grad` work; nothing is compu
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from edgetune.contract import Needs, Segment
 from edgetune.errors import Refusal
-from edgetune.hosts.cursor import working_on
+from edgetune.hosts.cursor import current_passes, working_on
 
 
 class SegmentFunction(torch.autograd.Function):
@@ -25,13 +27,22 @@ class SegmentFunction(torch.autograd.Function):
         xs, params = tensors[:first], dict(zip(segment.params, tensors[first:behind], strict=True))
         # changed by later steps, so autograd must not watch over it; it is no part of what is kept for backward
         ctx.state = dict(zip(segment.state, tensors[behind:], strict=True))
-        needs = _needs(segment, ctx.needs_input_grad[1:])
+        needs, ctx.passes = _needs(segment, ctx.needs_input_grad[1:]), current_passes()
+        if ctx.passes is not None and ctx.passes.first:
+            needs = Needs((False,) * first, frozenset())  # nothing is read of what the first pass keeps
         working_on(segment.calls[0])
-        ys, kept = segment.rule.forward(segment, xs, {**params, **ctx.state}, needs)
+        # what a rule differentiates on its way is its own affair
+        with nullcontext() if ctx.passes is None else saved_tensors_hooks(_as_it_is, _as_it_is):
+            ys, kept = segment.rule.forward(segment, xs, {**params, **ctx.state}, needs)
         ctx.segment, ctx.kept_names = segment, tuple(kept)
         # a view of an input handed out as an output would confuse autograd's bookkeeping
         ys = tuple(y.view_as(y) if any(y is x for x in xs) else y for y in ys)
-        ctx.save_for_backward(*params.values(), *kept.values())
+        if ctx.passes is None:
+            ctx.save_for_backward(*params.values(), *kept.values())
+        else:
+            apart = (params, {name: tensor.detach() for name, tensor in kept.items()})
+            ctx.place = ctx.passes.place(None if ctx.passes.first else apart)
+            ctx.save_for_backward(ys[0].new_empty(0))  # backward asks for it, and so lets the stretch run again
         # integers get no gradient, and need no zeros in its place
         ctx.set_materialize_grads(all(y.is_floating_point() for y in ys))
         return ys
@@ -43,12 +54,19 @@ class SegmentFunction(torch.autograd.Function):
             raise Refusal(segment.name, "computes its own gradient, which cannot be differentiated again",
                           "call backward without create_graph=True, or undo the plan first")
         saved = ctx.saved_tensors
-        params = dict(zip(segment.params, saved, strict=False))
-        kept = dict(zip(ctx.kept_names, saved[len(segment.params):], strict=True))
+        if ctx.passes is None:
+            params = dict(zip(segment.params, saved, strict=False))
+            kept = dict(zip(ctx.kept_names, saved[len(segment.params):], strict=True))
+        else:
+            params, kept = ctx.passes.take(ctx.place)
         needs = _needs(segment, ctx.needs_input_grad[1:])
         working_on(segment.calls[-1])
         gxs, grads = segment.rule.backward(segment, kept, gys, {**params, **ctx.state}, needs)
         return (None, *gxs, *(grads.get(name) for name in segment.params), *(None for _ in segment.state))
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _needs(segment: Segment, flags: tuple[bool, ...]) -> Needs:
@@ -57,14 +75,23 @@ def _needs(segment: Segment, flags: tuple[bool, ...]) -> Needs:
 
 
 def runner(segment: Segment, label: str) -> Callable[..., Any]:
-    """A plain function (inputs, params and state -> output or tuple of outputs) for generated code to call."""
+    """A plain function (inputs, params and state -> output or tuple of outputs) for generated code to call.
+
+    `segment_behind` tells which segment such a function runs.
+    """
 
     def run(*tensors: torch.Tensor) -> Any:
         return _opaque(segment, *tensors)
 
     run.__name__ = run.__qualname__ = label
     run.__module__ = "edgetune.hosts.segment"
+    run.__dict__["segment"] = segment
     return run
+
+
+def segment_behind(function: Any) -> Segment | None:
+    """The segment that a function of `runner` runs; None for others."""
+    return getattr(function, "__dict__", {}).get("segment")
 
 
 @torch.compiler.disable

@@ -71,12 +71,16 @@ class TailRule:
     def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
                  needs: Needs) -> Backward:
         tail, g = self.tail, gys[0]
+        del gys  # maps are large: each goes as soon as it has been read
         if g is None:
             return (None,) * len(segment.inputs), {}
         if tail.activation is not None:
             g = self._masked(g, kept)
-        grads = self._parameter_gradients(g, kept, params, needs)
-        scaled = g * per_channel(norm_scale(tail.norm, params)).to(g.dtype) if needs.inputs[0] else None
+        if self._weight in needs.params:
+            scaled, grads = self._all_gradients(g, kept, params, needs)
+        else:
+            scaled = g * per_channel(norm_scale(tail.norm, params)).to(g.dtype) if needs.inputs[0] else None
+            grads = self._shift_gradient(g, params, needs)
         if tail.pool is not None and scaled is not None:
             (scaled,), _ = MaxPoolRule().backward(_alone(tail.pool), kept, (scaled,), params,
                                                   Needs((True,), frozenset()))
@@ -94,22 +98,27 @@ class TailRule:
         low, high = MASKS[self.tail.activation.function]
         return torch.ops.aten.hardtanh_backward(g, kept["out"], low, high)  # type: ignore[no-any-return]
 
-    def _parameter_gradients(self, g: torch.Tensor, kept: Tensors, params: Tensors,
-                             needs: Needs) -> dict[str, torch.Tensor]:
-        bias, grads = self.tail.norm.params.get("bias", ""), dict[str, torch.Tensor]()
-        if not {self._weight, bias} & needs.params:
-            return grads
-        total = g.sum((0, 2, 3), dtype=torch.promote_types(g.dtype, torch.float32))
+    def _shift_gradient(self, g: torch.Tensor, params: Tensors, needs: Needs) -> dict[str, torch.Tensor]:
+        bias = self.tail.norm.params.get("bias", "")
+        if bias not in needs.params:
+            return {}
+        return {bias: g.sum((0, 2, 3), dtype=torch.promote_types(g.dtype, torch.float32)).to(params[bias].dtype)}
+
+    def _all_gradients(self, g: torch.Tensor, kept: Tensors, params: Tensors,
+                       needs: Needs) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """What goes on to the input, and the scale's and the shift's gradients, in one pass over the maps: torch's own
+        for a norm of unit variance whose mean is the shift."""
+        y = kept["out"] - kept["other"] if self.tail.add is not None else kept["out"]
+        bias, gamma = self.tail.norm.params.get("bias", ""), params[self._weight]
+        shift, scale = params.get(bias, torch.zeros_like(gamma)), norm_scale(self.tail.norm, params)
+        scaled, reached, total = torch.ops.aten.native_batch_norm_backward(
+            g, y, scale, shift, torch.ones_like(scale), None, None, False, 0.0,
+            (needs.inputs[0], True, bias in needs.params))
+        thin = gamma.abs() < THIN * gamma.square().mean().sqrt()
+        grads = {self._weight: torch.where(thin, 0, reached / torch.where(thin, 1, gamma)).to(gamma.dtype)}
         if bias in needs.params:
             grads[bias] = total.to(params[bias].dtype)
-        if self._weight in needs.params:
-            y = kept["out"] - kept["other"] if self.tail.add is not None else kept["out"]
-            gamma, reached = params[self._weight], (g * y).sum((0, 2, 3), dtype=total.dtype)
-            if bias in params:
-                reached = reached - params[bias] * total
-            thin = gamma.abs() < THIN * gamma.square().mean().sqrt()
-            grads[self._weight] = torch.where(thin, 0, reached / torch.where(thin, 1, gamma)).to(gamma.dtype)
-        return grads
+        return (scaled if needs.inputs[0] else None), grads
 
 
 def _alone(call: Call) -> Segment:

@@ -61,7 +61,7 @@ def exact_noise(bound: float, share: torch.Tensor, gy: torch.Tensor) -> torch.Te
 
     `share` of the values is not zero; gy (n o h w).
     """
-    return bound * (share / 3).sqrt() * gy.square().sum((0, 2, 3)).mean().sqrt()
+    return bound * (share / 3).sqrt() * torch.linalg.vector_norm(gy) / gy.shape[1] ** 0.5
 
 
 def fitted_noise(bound: float, share: torch.Tensor, gy: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ class COMET(CodedMethod):
         if own.is_meta:
             return
         if int(own[1]) % self.interval == 0:
-            noise = LAWS[self.law](1.0, (x != 0).float().mean(), gy.float())
+            noise = LAWS[self.law](1.0, torch.count_nonzero(x) / x.numel(), gy.float())
             wanted = self.tolerance * gw.float().square().mean().sqrt() / noise
             # no gradient, no noise: the bound stays
             if bool(wanted.isfinite()) and bool(wanted > 0):
@@ -126,5 +126,5 @@ class COMET(CodedMethod):
 
 def _spread(x: torch.Tensor) -> float:
     """The root mean square of the values that are not zero; 1 where there are none, or some are not finite."""
-    spread = float(x.float().square().sum() / max(int(torch.count_nonzero(x)), 1)) ** 0.5
+    spread = float(torch.linalg.vector_norm(x.float())) / max(int(torch.count_nonzero(x)), 1) ** 0.5
     return spread if 0 < spread < math.inf else 1.0

@@ -22,11 +22,13 @@ Reference
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from edgetune.contract import LayerMethod
 from edgetune.graph import Call, Graph
-from edgetune.hosts.conv import input_gradient, weight_gradient
+from edgetune.hosts.conv import both_gradients, input_gradient, weight_gradient
 from edgetune.overlap import ConvGeometry
 
 
@@ -47,3 +49,9 @@ class Exact(LayerMethod):
 
     def grad_weight(self, kept: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         return weight_gradient(kept, g, geometry)
+
+    def gradients(self, kept: Any, g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+                  wants_input: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if kept is None or not wants_input:
+            return super().gradients(kept, g, weight, geometry, wants_input)
+        return both_gradients(kept, g, weight, geometry)
