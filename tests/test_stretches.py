@@ -11,6 +11,7 @@ from torch import nn
 
 import edgetune as et
 from edgetune.contract import Plan
+from edgetune.cuts import WRITTEN_MACS
 from edgetune.draft import last_layers
 from edgetune.errors import BudgetError
 from edgetune.graph import Call, Graph
@@ -19,7 +20,7 @@ from edgetune.methods.backward.comet import COMET
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.pooled_chain import PooledChain
 from edgetune.profile import predicted_peak
-from edgetune.stretches import WRITTEN_MACS, checkpointed, sqrt_stretches
+from edgetune.stretches import checkpointed, sqrt_stretches
 from edgetune.timeline import timeline
 from nets import NETS, block, scramble
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from edgetune.apply import claim, remembering
+from edgetune.claims import claim, remembering
 from edgetune.contract import Method, Needs, Plan, Segment, Tensors
 from edgetune.graph import Graph, follow
 

@@ -22,7 +22,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from edgetune.apply import claim, prepared
+from edgetune.apply import prepared
+from edgetune.claims import claim
 from edgetune.contract import Method, Needs, Plan, Segment
 from edgetune.errors import RunError
 from edgetune.graph import Call, Graph
