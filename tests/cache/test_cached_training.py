@@ -267,10 +267,11 @@ class TestWhatIsTrainedOn:
         assert losses["float16"] == pytest.approx(losses["float32"], rel=1e-4)
         assert losses["int8"] == pytest.approx(losses["float32"], rel=1e-3)
         assert losses["int4"] == pytest.approx(losses["float32"], rel=2e-2)
+        assert losses["bounded"] == pytest.approx(losses["float32"], rel=2e-2)
 
     def test_features_a_codec_cannot_hold_are_refused(self, start: Start, tmp_path: Path) -> None:
         wrong = [("float16", 1e5, "more than the 65504 of float16"), ("int8", float("nan"), "not finite"),
-                 ("int4", float("nan"), "not finite")]
+                 ("int4", float("nan"), "not finite"), ("bounded", float("nan"), "not finite")]
         for codec, weight, words in wrong:
             model = network()
             model.stem[1].weight.data.fill_(weight)

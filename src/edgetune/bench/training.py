@@ -201,6 +201,9 @@ ROWS: tuple[tuple[Case, Arm], ...] = (
     *((JPEG, arm) for arm in (plain(6), BEFORE, *int8(6), *chains(6)[:1], exact(6))),
     *((V3, arm) for arm in (plain(21), BEFORE, HEAD, *bits(4), *chains(21)[:1], exact(21))),
     *((MCUNET, arm) for arm in (plain(12), BEFORE, HEAD, *int8(12), sparse("mcunet-99KB"), *chains(12)[:1], exact(12))),
+    *((JPEG, arm) for arm in coded(6)[:3]),
+    *((V3, arm) for arm in coded(21)[:3]),
+    *((MCUNET, arm) for arm in coded(12)[:3]),
     *((RESNET18, arm) for arm in (plain(4), BEFORE, HEAD, *chains(4)[:1], exact(4))),
     *((RESNET18_ALL, arm) for arm in (plain(None), *coded(None))),
 )

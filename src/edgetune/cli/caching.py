@@ -26,7 +26,7 @@ Codec = Annotated[
     str | None,
     typer.Option(
         "--cache-codec",
-        metavar="float32|float16|int8|int4",
+        metavar="float32|float16|int8|int4|bounded",
         show_default="float32",
         help="How features are kept: exactly, in half, a quarter or an eighth of the room.",
     ),

@@ -83,6 +83,11 @@ def bound_of(packed: Tensor, count: int | None = None) -> float:
     return float(bound)
 
 
+def told_size(packed: Tensor) -> int:
+    """How many bytes a packed tensor says it takes, of some with more behind it; 0 where they are no header."""
+    return _HEAD.unpack(bytes(packed[:HEADER].tolist()))[4] if packed.numel() >= HEADER else 0
+
+
 def broken(reason: str) -> EdgetuneError:
     """The error of bytes that can't be decoded."""
     return EdgetuneError(f"these bytes are no tensor by the error-bounded codec ({reason}): read what was written, "
