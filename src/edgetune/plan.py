@@ -79,8 +79,8 @@ class Planner:
     """Plans for one network under as many budgets as one likes; what `plan` is told of, it is told of once.
 
     With `recompute` stretches of its plans may run again in backward, where more learns that way. With `hold` every
-    convolution of its plans holds what it keeps by that. What is held in as many bytes as data ask
-    for counts with the most that its method allows: the method itself keeps to that, whatever data come later.
+    convolution of its plans holds what it keeps by that. What is held in as many bytes as data ask for counts with the
+    most that its method allows: the method itself keeps to that, whatever data come later.
     """
 
     def __init__(self, model: nn.Module, sample: torch.Tensor,
@@ -130,9 +130,13 @@ class Planner:
         """
         memory, micro = budget.memory_bytes or 0, self.batch
         while micro >= 1:
+            tried = list[Plan]()  # several amounts of memory may lead to one plan
             for wanted in (None, *(int(share * memory) for share in DEEPER)):
                 deeper = self.fill(wanted, None, micro)
-                if deeper.total.gain > found.total.gain and (made := self._again(deeper, budget)) is not None:
+                if deeper.total.gain <= found.total.gain or deeper.made in tried:
+                    continue
+                tried.append(deeper.made)
+                if (made := self._again(deeper, budget)) is not None:
                     return replace(deeper, made=made)
             micro //= 2
         return None

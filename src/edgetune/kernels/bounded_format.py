@@ -71,7 +71,7 @@ def bound_of(packed: Tensor, count: int | None = None) -> float:
     size = packed.numel()
     if size < HEADER:
         raise broken(f"{size} bytes are not even a header")
-    magic, _, values, bound, told = _HEAD.unpack(bytes(packed[:HEADER].tolist()))
+    magic, _, values, bound, told = _read_head(packed)
     if magic != MAGIC:
         raise broken("they do not begin as such")
     if told != size:
@@ -85,7 +85,12 @@ def bound_of(packed: Tensor, count: int | None = None) -> float:
 
 def told_size(packed: Tensor) -> int:
     """How many bytes a packed tensor says it takes, of some with more behind it; 0 where they are no header."""
-    return _HEAD.unpack(bytes(packed[:HEADER].tolist()))[4] if packed.numel() >= HEADER else 0
+    return _read_head(packed)[4] if packed.numel() >= HEADER else 0
+
+
+def _read_head(packed: Tensor) -> tuple[int, int, int, float, int]:
+    """Magic number, check, values, bound and bytes, as they stand in the header."""
+    return _HEAD.unpack(bytes(packed[:HEADER].tolist()))  # type: ignore[return-value]
 
 
 def broken(reason: str) -> EdgetuneError:
