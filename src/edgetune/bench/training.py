@@ -204,6 +204,7 @@ ROWS: tuple[tuple[Case, Arm], ...] = (
     *((JPEG, arm) for arm in coded(6)[:3]),
     *((V3, arm) for arm in coded(21)[:3]),
     *((MCUNET, arm) for arm in coded(12)[:3]),
+    *((SPARSE, arm) for arm in coded(25)[:3]),
     *((RESNET18, arm) for arm in (plain(4), BEFORE, HEAD, *chains(4)[:1], exact(4))),
     *((RESNET18_ALL, arm) for arm in (plain(None), *coded(None))),
 )
