@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from edgetune.kernels.binary_format import BinaryLayer
 from edgetune.kernels.build import Status, status
+from edgetune.kernels.filters import binary_filters, dense_bits, plain_bits, sign_thresholds
 from edgetune.kernels.geometry import is_channels_last
 from edgetune.kernels.ops import (
     NAMES,
+    arrange_filters,
+    binary_conv,
+    binary_conv_both,
+    binary_conv_sign,
+    bit_weight_conv,
     bits_count,
     bounded_decode,
     bounded_encode,
@@ -21,15 +28,25 @@ from edgetune.kernels.ops import (
     max_pool_backward,
     patch_mean,
     patch_spread,
+    sign_pack,
+    sign_unpack,
 )
 
 __all__ = [
+    "BinaryLayer",
     "Status",
     "NAMES",
+    "arrange_filters",
+    "binary_conv",
+    "binary_conv_both",
+    "binary_conv_sign",
+    "binary_filters",
+    "bit_weight_conv",
     "bits_count",
     "bounded_decode",
     "bounded_encode",
     "bounded_sizes",
+    "dense_bits",
     "grid_products",
     "group_pack",
     "group_unpack",
@@ -42,5 +59,9 @@ __all__ = [
     "max_pool_backward",
     "patch_mean",
     "patch_spread",
+    "plain_bits",
+    "sign_pack",
+    "sign_thresholds",
+    "sign_unpack",
     "status",
 ]

@@ -10,6 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgetune.kernels import chance
+from edgetune.kernels.fallback_binary import (
+    arrange_filters,
+    binary_conv,
+    binary_conv_both,
+    binary_conv_sign,
+    bit_weight_conv,
+    sign_pack,
+    sign_unpack,
+)
 from edgetune.kernels.fallback_bounded import bounded_decode, bounded_encode, bounded_sizes
 from edgetune.kernels.geometry import (
     LARGEST,
@@ -25,7 +34,8 @@ from edgetune.kernels.geometry import (
     memory_format,
 )
 
-__all__ = ["bounded_decode", "bounded_encode", "bounded_sizes"]
+__all__ = ["arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv",
+           "bounded_decode", "bounded_encode", "bounded_sizes", "sign_pack", "sign_unpack"]
 
 
 def _wide(x: Tensor) -> Tensor:

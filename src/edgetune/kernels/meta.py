@@ -24,7 +24,19 @@ from edgetune.kernels.geometry import (
     is_channels_last,
     memory_format,
 )
+from edgetune.kernels.meta_binary import (
+    arrange_filters,
+    binary_conv,
+    binary_conv_both,
+    binary_conv_sign,
+    bit_weight_conv,
+    sign_pack,
+    sign_unpack,
+)
 from edgetune.shapes import expect
+
+__all__ = ["arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv", "sign_pack",
+           "sign_unpack"]
 
 
 def _grid(x: Tensor, cell_h: int, cell_w: int, dtype: torch.dtype) -> Tensor:

@@ -7,50 +7,27 @@ is built. Tensors of another layout are copied to a dense one first. All offsets
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, get_num_threads
 
-from edgetune.kernels import build
 from edgetune.kernels.bounded_format import bound_of, broken, chunks_of, head_of, starts_of, steps_of, unfit_sizes
+from edgetune.kernels.calls import N, function
 from edgetune.kernels.geometry import is_channels_last
+from edgetune.kernels.native_binary import (
+    arrange_filters,
+    binary_conv,
+    binary_conv_both,
+    binary_conv_sign,
+    bit_weight_conv,
+    sign_pack,
+    sign_unpack,
+)
 
-P, N, B, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+__all__ = ["arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv", "sign_pack",
+           "sign_unpack"]
 
-# Argument types of every C function, without its last one, the number of threads.
-ARGUMENTS: dict[str, tuple[type, ...]] = {
-    "patch_mean": (P, P, N, N, N, N, N, N, B, B),
-    "patch_spread": (P, P, N, N, N, N, N, N, B, B),
-    "mask_pack": (P, P, F, F, N),
-    "mask_apply": (P, P, P, N),
-    "mask_count": (P, P, F, F, N, N, N, N, N, N, B),
-    "bits_count": (P, P, N, N, N, N, N, N, B),
-    "masked_patch_mean": (P, P, P, N, N, N, N, N, N, B),
-    "grid_products": (P, P, P, P, P, P, P, P, P),
-    "group_pack": (P, P, N, B, N, N, B),
-    "group_unpack": (P, P, N, B, N),
-    "max_pool": (P, P, P, P, B),
-    "max_pool_backward": (P, P, P, P, B),
-    "bounded_sizes": (P, P, N, F, F),
-    "bounded_encode": (P, P, P, P, N, F, F),
-    "bounded_decode": (P, N, P, P, P, N, F),
-}
-SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 COUNTABLE = 2**24  # pixels of a cell: float32 counts stay exact below
-
-_functions: dict[tuple[str, torch.dtype], Callable[..., None] | None] = {}
-
-
-def _function(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
-    """The C function for this type, or None; looked up once."""
-    key = name, dtype
-    if key not in _functions:
-        found = getattr(build.library(), f"et_{name}_{SUFFIX.get(dtype)}", None) if dtype in SUFFIX else None
-        if found is not None:
-            found.argtypes, found.restype = (*ARGUMENTS[name], B), None
-        _functions[key] = found
-    return _functions[key]
 
 
 def _walked(x: Tensor) -> tuple[Tensor, bool]:
@@ -63,7 +40,7 @@ def _walked(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def patch_mean(out: Tensor, x: Tensor, cell_h: int, cell_w: int, by_channel: bool = False) -> bool:
-    run = _function("patch_mean", x.dtype)
+    run = function("patch_mean", x.dtype)
     if run is None:
         return False
     x, last = _walked(x)
@@ -73,7 +50,7 @@ def patch_mean(out: Tensor, x: Tensor, cell_h: int, cell_w: int, by_channel: boo
 
 def patch_spread(out: Tensor, v: Tensor, h: int, w: int, cell_h: int, cell_w: int,
                  channels_last: bool = False) -> bool:
-    run = _function("patch_spread", v.dtype)
+    run = function("patch_spread", v.dtype)
     if run is None:
         return False
     by_channel = not v.is_contiguous() and v.transpose(0, 1).is_contiguous()
@@ -83,7 +60,7 @@ def patch_spread(out: Tensor, v: Tensor, h: int, w: int, cell_h: int, cell_w: in
 
 
 def mask_pack(out: Tensor, x: Tensor, low: float, high: float) -> bool:
-    run = _function("mask_pack", x.dtype)
+    run = function("mask_pack", x.dtype)
     if run is None:
         return False
     x, _ = _walked(x)
@@ -92,7 +69,7 @@ def mask_pack(out: Tensor, x: Tensor, low: float, high: float) -> bool:
 
 
 def mask_apply(out: Tensor, g: Tensor, bits: Tensor) -> bool:
-    run = _function("mask_apply", g.dtype)
+    run = function("mask_apply", g.dtype)
     if run is None:
         return False
     g, _ = _walked(g)
@@ -102,7 +79,7 @@ def mask_apply(out: Tensor, g: Tensor, bits: Tensor) -> bool:
 
 
 def mask_count(out: Tensor, x: Tensor, low: float, high: float, cell_h: int, cell_w: int) -> bool:
-    run = _function("mask_count", x.dtype)
+    run = function("mask_count", x.dtype)
     if run is None or cell_h * cell_w >= COUNTABLE:
         return False
     x, last = _walked(x)
@@ -112,7 +89,7 @@ def mask_count(out: Tensor, x: Tensor, low: float, high: float, cell_h: int, cel
 
 def bits_count(out: Tensor, bits: Tensor, n: int, c: int, h: int, w: int, cell_h: int, cell_w: int,
                channels_last: bool = False) -> bool:
-    run = _function("bits_count", torch.float32)
+    run = function("bits_count", torch.float32)
     if run is None or cell_h * cell_w >= COUNTABLE:
         return False
     bits = bits.contiguous()
@@ -121,7 +98,7 @@ def bits_count(out: Tensor, bits: Tensor, n: int, c: int, h: int, w: int, cell_h
 
 
 def masked_patch_mean(out: Tensor, g: Tensor, bits: Tensor, cell_h: int, cell_w: int) -> bool:
-    run = _function("masked_patch_mean", g.dtype)
+    run = function("masked_patch_mean", g.dtype)
     if run is None:
         return False
     g, last = _walked(g)
@@ -132,7 +109,7 @@ def masked_patch_mean(out: Tensor, g: Tensor, bits: Tensor, cell_h: int, cell_w:
 
 def grid_products(out: tuple[Tensor, Tensor, Tensor], g: Tensor, to_input: Tensor | None, to_weight: Tensor | None,
                   x: Tensor | None, w: Tensor, groups: int, wants_input: bool, spread: bool) -> bool:
-    run = _function("grid_products", g.dtype)
+    run = function("grid_products", g.dtype)
     if run is None or g.numel() == 0 or {t.dtype for t in (g, to_input, to_weight, x, w) if t is not None} != {g.dtype}:
         return False
     gx, gw, sums = out
@@ -163,7 +140,7 @@ def _strides(last: bool, i: int, taps: int) -> tuple[int, int, int]:
 
 
 def group_pack(out: Tensor, x: Tensor, bits: int, group: int, seed: int, stochastic: bool = True) -> bool:
-    run = _function("group_pack", x.dtype)
+    run = function("group_pack", x.dtype)
     if run is None:
         return False
     x, _ = _walked(x)
@@ -172,7 +149,7 @@ def group_pack(out: Tensor, x: Tensor, bits: int, group: int, seed: int, stochas
 
 
 def group_unpack(out: Tensor, packed: Tensor, bits: int, group: int, elements: int) -> bool:
-    run = _function("group_unpack", torch.float32)
+    run = function("group_unpack", torch.float32)
     if run is None:
         return False
     packed = packed.contiguous()
@@ -181,7 +158,7 @@ def group_unpack(out: Tensor, packed: Tensor, bits: int, group: int, elements: i
 
 
 def max_pool(out: tuple[Tensor, Tensor], x: Tensor, *geometry: int) -> bool:
-    run = _function("max_pool", x.dtype)
+    run = function("max_pool", x.dtype)
     if run is None:
         return False
     x, last = _walked(x)
@@ -192,7 +169,7 @@ def max_pool(out: tuple[Tensor, Tensor], x: Tensor, *geometry: int) -> bool:
 
 
 def max_pool_backward(out: Tensor, gy: Tensor, index: Tensor, h: int, w: int, *geometry: int) -> bool:
-    run = _function("max_pool_backward", gy.dtype)
+    run = function("max_pool_backward", gy.dtype)
     if run is None:
         return False
     index, last = _walked(index)
@@ -203,7 +180,7 @@ def max_pool_backward(out: Tensor, gy: Tensor, index: Tensor, h: int, w: int, *g
 
 
 def bounded_sizes(out: Tensor, x: Tensor, bound: float) -> bool:
-    run = _function("bounded_sizes", x.dtype)
+    run = function("bounded_sizes", x.dtype)
     if run is None:
         return False
     x = x.contiguous()
@@ -212,7 +189,7 @@ def bounded_sizes(out: Tensor, x: Tensor, bound: float) -> bool:
 
 
 def bounded_encode(out: Tensor, x: Tensor, sizes: Tensor, bound: float, size: int) -> bool:
-    run = _function("bounded_encode", x.dtype)
+    run = function("bounded_encode", x.dtype)
     starts, unfit = starts_of(sizes), N()
     if run is None:
         return False
@@ -228,7 +205,7 @@ def bounded_encode(out: Tensor, x: Tensor, sizes: Tensor, bound: float, size: in
 
 
 def bounded_decode(out: Tensor, packed: Tensor, count: int) -> bool:
-    run = _function("bounded_decode", out.dtype)
+    run = function("bounded_decode", out.dtype)
     if run is None:
         return False
     packed, e = packed.contiguous(), steps_of(bound_of(packed, count)).e

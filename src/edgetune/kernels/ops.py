@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edgetune.kernels import schema as _schema  # defines torch.ops.edgetune
+from edgetune.kernels.binary_format import BinaryLayer
 from edgetune.kernels.bounded_format import packed_size
 
 _ops = torch.ops.edgetune
@@ -31,6 +32,13 @@ _max_pool_backward = _ops.max_pool_backward.default
 _bounded_sizes = _ops.bounded_sizes.default
 _bounded_encode = _ops.bounded_encode.default
 _bounded_decode = _ops.bounded_decode.default
+_sign_pack = _ops.sign_pack.default
+_sign_unpack = _ops.sign_unpack.default
+_arrange_filters = _ops.arrange_filters.default
+_binary_conv = _ops.binary_conv.default
+_binary_conv_both = _ops.binary_conv_both.default
+_binary_conv_sign = _ops.binary_conv_sign.default
+_bit_weight_conv = _ops.bit_weight_conv.default
 
 NAMES: tuple[str, ...] = tuple(_schema.OPS)
 
@@ -149,3 +157,61 @@ def bounded_encode(x: Tensor, sizes: Tensor, bound: float) -> Tensor:
 def bounded_decode(packed: Tensor, count: int) -> Tensor:
     """uint8 (bytes) -> float32 (count). Raises EdgetuneError for bytes that bounded_encode has not made so."""
     return _bounded_decode(packed, count)
+
+
+def sign_pack(x: Tensor, groups: int = 1) -> Tensor:
+    """Where x (n c h w) is at least 0, so at 0 and -0 too, and not at a NaN: int64 (n h w groups*ceil(c/groups/64)).
+
+    The lowest bit is the lowest channel, and each group is filled up to whole words with 0 bits.
+    """
+    return _sign_pack(x, groups)
+
+
+def sign_unpack(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
+    """+1 where a bit is set, else -1: what sign_pack wrote -> float32 (n c h w), channels last."""
+    return _sign_unpack(bits, channels, groups)
+
+
+def arrange_filters(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
+    """Plain bits of filters, int64 (o u v words), as the convolutions read them: int64 (groups blocks u v bytes 4).
+
+    Plain bits are sign_pack(weight (o i u v)), and i * groups is `channels`. binary_format.py has both formats.
+    """
+    return _arrange_filters(bits, channels, groups)
+
+
+def binary_conv(bits: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tensor | None = None,
+                shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Convolution of +-1 with +-1: sign_pack's bits and arranged filters -> float32 (n o p q), channels last.
+
+    y = scale*sum + shift, float32 (o), rounded once where the CPU fuses it, then + residual (n o p q). The sum is exact,
+    also at a border of zeros (layer.pad_value 0; -1 and +1 are ordinary bits).
+    """
+    return _binary_conv(bits, filters, scale, shift, residual, *layer)
+
+
+def binary_conv_both(bits: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tensor | None = None,
+                     shift: Tensor | None = None, residual: Tensor | None = None,
+                     next_groups: int = 1) -> tuple[Tensor, Tensor]:
+    """What binary_conv gives, and sign_pack of that with `next_groups`, in one pass."""
+    return _binary_conv_both(bits, filters, scale, shift, residual, next_groups, *layer)
+
+
+def binary_conv_sign(bits: Tensor, filters: Tensor, layer: BinaryLayer, threshold: Tensor, flip: Tensor | None = None,
+                     next_groups: int = 1) -> Tensor:
+    """Where the sums of binary_conv are at least the threshold int32 (o): bits as sign_pack(y, next_groups) has them.
+
+    Where flip, bool (o), is True: where they are not. So all steps are expressible: filters.sign_thresholds gives the
+    two for the sign of scale*sum + shift; a threshold of -2^31 is always reached, 2^31-1 never.
+    """
+    return _binary_conv_sign(bits, filters, threshold, flip, next_groups, *layer)
+
+
+def bit_weight_conv(x: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tensor | None = None,
+                    shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Convolution of x uint8 (n c h w) with +-1: arranged filters -> int32 (n o p q), channels last, exact.
+
+    With a scale, shift (o) or residual (n o p q), float32, it is that of binary_conv: float32. The border counts as
+    layer.pad_value, 0 to 255. Fastest where x lies channels last.
+    """
+    return _bit_weight_conv(x, filters, scale, shift, residual, *layer)

@@ -1,0 +1,102 @@
+"""What the convolutions with one bit a weight return, without the numbers; and their checks, as in meta.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgetune.errors import EdgetuneError
+from edgetune.kernels.binary_format import (
+    BinaryLayer,
+    check_groups,
+    check_per_channel,
+    check_residual,
+    check_signs,
+    words_of,
+)
+
+
+def sign_pack(x: Tensor, groups: int = 1) -> Tensor:
+    if x.dim() != 4 or not x.is_floating_point():
+        raise EdgetuneError(f"a tensor of shape {tuple(x.shape)} and type {x.dtype} has no signs by pixel: give floats "
+                            "with axes (n c h w)")
+    n, c, h, w = x.shape
+    check_groups(c, groups)
+    return torch.empty((n, h, w, words_of(c, groups)), dtype=torch.int64, device=x.device)
+
+
+def sign_unpack(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
+    n, h, w = check_signs(bits, channels, groups)
+    return _map(bits, n, channels, h, w)
+
+
+def arrange_filters(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
+    check_groups(channels, groups)
+    check_signs(bits, channels // groups, 1)
+    o, u, v, _ = bits.shape
+    layer = BinaryLayer(channels, o, u, v, groups=groups)
+    layer.check()
+    return torch.empty(layer.filter_shape(), dtype=torch.int64, device=bits.device)
+
+
+def binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+                *layer: int) -> Tensor:
+    shape = _checked(bits, filters, BinaryLayer(*layer))
+    _check_affine(scale, shift, residual, shape)
+    return _map(bits, *shape)
+
+
+def binary_conv_both(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
+                     residual: Tensor | None, next_groups: int, *layer: int) -> tuple[Tensor, Tensor]:
+    y = binary_conv(bits, filters, scale, shift, residual, *layer)
+    return y, _signs(bits, tuple(y.shape), next_groups)
+
+
+def binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None, next_groups: int,
+                     *layer: int) -> Tensor:
+    shape = _checked(bits, filters, BinaryLayer(*layer))
+    check_per_channel("threshold", threshold, torch.int32, shape[1])
+    check_per_channel("flip", flip, torch.bool, shape[1])
+    return _signs(bits, shape, next_groups)
+
+
+def bit_weight_conv(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+                    *layer: int) -> Tensor:
+    which = BinaryLayer(*layer)
+    which.check()
+    if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != which.channels:
+        raise EdgetuneError(f"a map of shape {tuple(x.shape)} and type {x.dtype} isn't the input of {which}: give "
+                            f"uint8 (n {which.channels} h w)")
+    if not 0 <= which.pad_value <= 255:
+        raise EdgetuneError(f"a border of {which.pad_value} isn't a byte: give pad_value 0 to 255")
+    which.check_filters(filters)
+    shape = (x.shape[0], which.out_channels, *which.out_size(*x.shape[2:]))
+    _check_affine(scale, shift, residual, shape)
+    whole = scale is None and shift is None and residual is None
+    return _map(x, *shape, dtype=torch.int32 if whole else torch.float32)
+
+
+def _checked(bits: Tensor, filters: Tensor, layer: BinaryLayer) -> tuple[int, int, int, int]:
+    """The shape of what a convolution of bits gives."""
+    layer.check()
+    if layer.pad_value not in (-1, 0, 1):
+        raise EdgetuneError(f"a border of {layer.pad_value} isn't made of bits: give pad_value -1, 0 or 1")
+    n, h, w = check_signs(bits, layer.channels, layer.groups)
+    layer.check_filters(filters)
+    return n, layer.out_channels, *layer.out_size(h, w)
+
+
+def _check_affine(scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, shape: tuple[int, ...]) -> None:
+    check_per_channel("scale", scale, torch.float32, shape[1])
+    check_per_channel("shift", shift, torch.float32, shape[1])
+    check_residual(residual, shape)
+
+
+def _map(like: Tensor, n: int, c: int, h: int, w: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty((n, c, h, w), dtype=dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _signs(like: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
+    n, c, h, w = shape
+    check_groups(c, groups)
+    return torch.empty((n, h, w, words_of(c, groups)), dtype=torch.int64, device=like.device)

@@ -1,0 +1,116 @@
+"""The native versions of the convolutions with one bit a weight, as in native.py."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor, get_num_threads
+
+from edgetune.kernels.binary_format import AT_ONCE, BinaryLayer
+from edgetune.kernels.calls import N, function
+
+_LAST = torch.channels_last
+
+
+def sign_pack(out: Tensor, x: Tensor, groups: int = 1) -> bool:
+    run = function("sign_pack", x.dtype)
+    if run is None:
+        return False
+    last = x.is_contiguous(memory_format=_LAST)
+    x = x if last else x.contiguous()
+    n, c, h, w = x.shape
+    run(x.data_ptr(), out.data_ptr(), n, c, h * w, groups, last, get_num_threads())
+    return True
+
+
+def sign_unpack(out: Tensor, bits: Tensor, channels: int, groups: int = 1) -> bool:
+    run = function("sign_unpack", torch.float32)
+    if run is None:
+        return False
+    bits = bits.contiguous()
+    n, h, w, _ = bits.shape
+    run(bits.data_ptr(), out.data_ptr(), n * h * w, channels, groups, get_num_threads())
+    return True
+
+
+def arrange_filters(out: Tensor, bits: Tensor, channels: int, groups: int = 1) -> bool:
+    run = function("arrange_filters", torch.float32)
+    if run is None:
+        return False
+    bits = bits.contiguous()
+    o, u, v, words = bits.shape
+    run(bits.data_ptr(), out.data_ptr(), o, groups, u * v, words, out.shape[4], get_num_threads())
+    return True
+
+
+def binary_conv(out: Tensor, bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
+                residual: Tensor | None, *layer: int) -> bool:
+    return _binary((out, None), (scale, shift, residual, None, None), bits, filters, 1, BinaryLayer(*layer))
+
+
+def binary_conv_both(out: tuple[Tensor, Tensor], bits: Tensor, filters: Tensor, scale: Tensor | None,
+                     shift: Tensor | None, residual: Tensor | None, next_groups: int, *layer: int) -> bool:
+    return _binary(out, (scale, shift, residual, None, None), bits, filters, next_groups, BinaryLayer(*layer))
+
+
+def binary_conv_sign(out: Tensor, bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None,
+                     next_groups: int, *layer: int) -> bool:
+    return _binary((None, out), (None, None, None, threshold, flip), bits, filters, next_groups, BinaryLayer(*layer))
+
+
+def _binary(out: tuple[Tensor | None, Tensor | None], factors: tuple[Tensor | None, ...], bits: Tensor,
+            filters: Tensor, next_groups: int, layer: BinaryLayer) -> bool:
+    """`factors`: scale, shift, residual, threshold, flip."""
+    run = function("binary_conv", torch.float32)
+    if run is None:
+        return False
+    if any(t is not None and t.numel() == 0 for t in out):
+        return True
+    n, h, w, _ = bits.shape
+    rows, columns = layer.padded(h, w, 2)
+    nibbles = 2 * layer.bytes_of_tap * layer.groups
+    scratch, at_once = _scratch(n, rows * nibbles * (3 * columns + layer.stride_w))
+    sizes = _sizes(n, h, w, layer, layer.out_channels // next_groups, at_once)
+    dense = [bits.contiguous(), filters.contiguous(), *map(_dense, factors), *out, scratch]
+    run(*map(_pointer, dense), ctypes.addressof(sizes), get_num_threads())
+    return True
+
+
+def bit_weight_conv(out: Tensor, x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
+                    residual: Tensor | None, *layer: int) -> bool:
+    run, which = function("bit_weight_conv", torch.float32), BinaryLayer(*layer)
+    if run is None:
+        return False
+    if out.numel() == 0:
+        return True
+    n, _, h, w = x.shape
+    rows, columns = which.padded(h, w, 1)
+    scratch, at_once = _scratch(n, rows * columns * which.groups * which.bytes_of_tap * 8)
+    sizes = _sizes(n, h, w, which, at_once)
+    outs = (None, out) if out.dtype == torch.int32 else (out, None)
+    dense = [x.contiguous(memory_format=_LAST), filters.contiguous(), *map(_dense, (scale, shift, residual)), *outs,
+             scratch]
+    run(*map(_pointer, dense), ctypes.addressof(sizes), get_num_threads())
+    return True
+
+
+def _scratch(samples: int, each: int) -> tuple[Tensor, int]:
+    """Room for padded samples of so many bytes each, and how many of them are made ready at once."""
+    at_once = min(samples, max(1, AT_ONCE // each))
+    return torch.empty(at_once * each, dtype=torch.uint8), at_once
+
+
+def _sizes(n: int, h: int, w: int, layer: BinaryLayer, *more: int) -> ctypes.Array[ctypes.c_int64]:
+    numbers = (n, h, w, *layer.out_size(h, w), *layer, *more)
+    return (N * len(numbers))(*numbers)
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    if t is None:
+        return None
+    return t.contiguous(memory_format=_LAST) if t.dim() == 4 else t.contiguous()
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
