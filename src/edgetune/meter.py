@@ -23,7 +23,7 @@ from edgetune.contract import Segment
 from edgetune.graph import Graph, follow
 from edgetune.hosts.cursor import current_call, current_passes, working_on
 from edgetune.kernels import status
-from edgetune.kernels.native import SUFFIX
+from edgetune.kernels.calls import SUFFIX
 from edgetune.kernels.schema import OPS
 from edgetune.outcome import foreseen, tensors_in
 from edgetune.route import routed_graph

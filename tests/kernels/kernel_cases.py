@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edgetune.kernels import fallback, is_channels_last
 from edgetune.kernels.bounded_format import packed_size
+from kernels import binary_cases
 
 CASES_EACH = 60
 CHANNELS_LAST = torch.channels_last
@@ -186,7 +187,10 @@ def bounded_decode(chosen: random.Random) -> tuple[Any, ...]:
 MAKERS: dict[str, Callable[[random.Random], tuple[Any, ...]]] = {
     make.__name__: make for make in (patch_mean, patch_spread, mask_pack, mask_apply, mask_count, bits_count,
                                      masked_patch_mean, grid_products, group_pack, group_unpack, max_pool,
-                                     max_pool_backward, bounded_sizes, bounded_encode, bounded_decode)}
+                                     max_pool_backward, bounded_sizes, bounded_encode, bounded_decode,
+                                     binary_cases.sign_pack, binary_cases.sign_unpack, binary_cases.arrange_filters,
+                                     binary_cases.binary_conv, binary_cases.binary_conv_both,
+                                     binary_cases.binary_conv_sign, binary_cases.bit_weight_conv)}
 
 
 def cases(name: str, count: int = CASES_EACH) -> Iterator[tuple[int, tuple[Any, ...]]]:

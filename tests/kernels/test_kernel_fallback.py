@@ -11,13 +11,13 @@ from torch import Tensor
 
 from edgetune.kernels import fallback, is_channels_last
 from edgetune.kernels.geometry import memory_format
-from kernels import group_reference
+from kernels import binary_reference, group_reference
 from kernels.kernel_cases import MAKERS, as_tuple, cases
 from kernels.slow_bounded import slow_bounded_decode, slow_bounded_encode, slow_bounded_sizes
 
 SMALL = 20_000  # elements: loops in Python are slow
 SLOWER = {"max_pool_backward": 3000, "mask_pack": 3000, "group_pack": 3000, "group_unpack": 3000,
-          "bounded_decode": 80_000}
+          "bounded_decode": 80_000, "binary_conv": 2000, "binary_conv_both": 2000, "binary_conv_sign": 2000}
 SLOW_BOUNDED = slow_bounded_sizes, slow_bounded_encode, slow_bounded_decode
 
 
@@ -150,7 +150,7 @@ def _size(arguments: tuple[Any, ...]) -> int:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_fallback_equals_slow_loop(name: str) -> None:
-    tried, slow = 0, globals() | vars(group_reference)
+    tried, slow = 0, globals() | vars(group_reference) | vars(binary_reference)
     for seed, arguments in cases(name):
         if _size(arguments) > SLOWER.get(name, SMALL):
             continue

@@ -9,6 +9,7 @@ group has whole blocks of filters and whole bytes of channels.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ class BinaryLayer(NamedTuple):
 
     def check_filters(self, filters: Tensor) -> None:
         """Raises EdgetuneError unless these are the layer's arranged filters."""
-        if filters.dtype != torch.int64 or tuple(filters.shape) != self.filter_shape():
+        if filters.dtype != torch.int64 or tuple(filters.shape) != _filter_shape(self):
             raise EdgetuneError(f"filters of shape {tuple(filters.shape)} and type {filters.dtype} aren't those of "
                                 f"{self}: give what binary_filters made of its weight, int64 {self.filter_shape()}")
 
@@ -94,6 +95,19 @@ class BinaryLayer(NamedTuple):
         columns = ceil_div(q, together) * together
         return ((p - 1) * self.stride_h + (self.kernel_h - 1) * self.dil_h + 1,
                 (columns - together) * self.stride_w + (self.kernel_w - 1) * self.dil_w + 1)
+
+
+_filter_shape = cache(BinaryLayer.filter_shape)
+
+
+@cache
+def checked_layer(numbers: tuple[int, ...]) -> BinaryLayer:
+    """The layer of these numbers. Raises EdgetuneError where there is none."""
+    if len(numbers) != len(BinaryLayer._fields):
+        raise EdgetuneError(f"{len(numbers)} numbers aren't a layer: give a BinaryLayer")
+    layer = BinaryLayer(*numbers)
+    layer.check()
+    return layer
 
 
 def check_groups(channels: int, groups: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,11 @@ def _packed(positive: Tensor, groups: int) -> Tensor:
     return _words(rows).reshape(n, h, w, words_of(c, groups))
 
 
+def _dense(x: Tensor) -> Tensor:
+    """The numbers one after the other, whatever strides an axis of one has."""
+    return x.clone(memory_format=torch.contiguous_format).view(-1)
+
+
 def sign_pack(x: Tensor, groups: int = 1) -> Tensor:
     return _packed(x >= 0, groups)
 
@@ -48,17 +55,17 @@ def sign_unpack(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
 def arrange_filters(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
     o, u, v, words = bits.shape
     used, blocks = ceil_div(channels // groups, 8), ceil_div(o // groups, LANES)
-    octets = bits.reshape(-1).view(torch.uint8).view(o, u, v, 8 * words)[..., :used]
+    octets = _dense(bits).view(torch.uint8).view(o, u, v, 8 * words)[..., :used]
     octets = octets.reshape(groups, o // groups, u, v, used)
     octets = F.pad(octets, (0, 0, 0, 0, 0, 0, 0, blocks * LANES - o // groups))
     lanes = octets.view(groups, blocks, LANES, u, v, used)[:, :, order_of_lanes(bits.device)]
-    return lanes.permute(0, 1, 3, 4, 5, 2).reshape(-1).view(torch.int64).view(groups, blocks, u, v, used, LANES // 8)
+    return _dense(lanes.permute(0, 1, 3, 4, 5, 2)).view(torch.int64).view(groups, blocks, u, v, used, LANES // 8)
 
 
 def _weights(filters: Tensor, layer: BinaryLayer) -> Tensor:
     """Arranged filters -> +-1 float64 (o i u v)."""
     groups, blocks, u, v, used, _ = filters.shape
-    octets = filters.reshape(-1).view(torch.uint8).view(groups, blocks, u, v, used, LANES)
+    octets = _dense(filters).view(torch.uint8).view(groups, blocks, u, v, used, LANES)
     lanes = octets.permute(0, 1, 5, 2, 3, 4)
     octets = torch.empty_like(lanes)
     octets[:, :, order_of_lanes(filters.device)] = lanes
@@ -93,24 +100,24 @@ def _binary_sums(bits: Tensor, filters: Tensor, layer: BinaryLayer) -> Tensor:
 
 
 def binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-                *layer: int) -> Tensor:
+                layer: Sequence[int]) -> Tensor:
     return _affine(_binary_sums(bits, filters, BinaryLayer(*layer)), scale, shift, residual)
 
 
 def binary_conv_both(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
-                     residual: Tensor | None, next_groups: int, *layer: int) -> tuple[Tensor, Tensor]:
-    y = binary_conv(bits, filters, scale, shift, residual, *layer)
+                     residual: Tensor | None, next_groups: int, layer: Sequence[int]) -> tuple[Tensor, Tensor]:
+    y = binary_conv(bits, filters, scale, shift, residual, layer)
     return y, _packed(y >= 0, next_groups)
 
 
 def binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None, next_groups: int,
-                     *layer: int) -> Tensor:
+                     layer: Sequence[int]) -> Tensor:
     reached = _binary_sums(bits, filters, BinaryLayer(*layer)) >= threshold[:, None, None]
     return _packed(reached if flip is None else reached ^ flip[:, None, None], next_groups)
 
 
 def bit_weight_conv(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-                    *layer: int) -> Tensor:
+                    layer: Sequence[int]) -> Tensor:
     sums = _sums(x.double(), filters, BinaryLayer(*layer))
     if scale is None and shift is None and residual is None:
         return sums.to(torch.int32).contiguous(memory_format=torch.channels_last)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from edgetune.kernels.binary_format import (
     check_per_channel,
     check_residual,
     check_signs,
+    checked_layer,
     words_of,
 )
 
@@ -40,30 +43,29 @@ def arrange_filters(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
 
 
 def binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-                *layer: int) -> Tensor:
-    shape = _checked(bits, filters, BinaryLayer(*layer))
+                layer: Sequence[int]) -> Tensor:
+    shape = _checked(bits, filters, checked_layer(tuple(layer)))
     _check_affine(scale, shift, residual, shape)
     return _map(bits, *shape)
 
 
 def binary_conv_both(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
-                     residual: Tensor | None, next_groups: int, *layer: int) -> tuple[Tensor, Tensor]:
-    y = binary_conv(bits, filters, scale, shift, residual, *layer)
+                     residual: Tensor | None, next_groups: int, layer: Sequence[int]) -> tuple[Tensor, Tensor]:
+    y = binary_conv(bits, filters, scale, shift, residual, layer)
     return y, _signs(bits, tuple(y.shape), next_groups)
 
 
 def binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None, next_groups: int,
-                     *layer: int) -> Tensor:
-    shape = _checked(bits, filters, BinaryLayer(*layer))
+                     layer: Sequence[int]) -> Tensor:
+    shape = _checked(bits, filters, checked_layer(tuple(layer)))
     check_per_channel("threshold", threshold, torch.int32, shape[1])
     check_per_channel("flip", flip, torch.bool, shape[1])
     return _signs(bits, shape, next_groups)
 
 
 def bit_weight_conv(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-                    *layer: int) -> Tensor:
-    which = BinaryLayer(*layer)
-    which.check()
+                    layer: Sequence[int]) -> Tensor:
+    which = checked_layer(tuple(layer))
     if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != which.channels:
         raise EdgetuneError(f"a map of shape {tuple(x.shape)} and type {x.dtype} isn't the input of {which}: give "
                             f"uint8 (n {which.channels} h w)")
@@ -78,7 +80,6 @@ def bit_weight_conv(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Ten
 
 def _checked(bits: Tensor, filters: Tensor, layer: BinaryLayer) -> tuple[int, int, int, int]:
     """The shape of what a convolution of bits gives."""
-    layer.check()
     if layer.pad_value not in (-1, 0, 1):
         raise EdgetuneError(f"a border of {layer.pad_value} isn't made of bits: give pad_value -1, 0 or 1")
     n, h, w = check_signs(bits, layer.channels, layer.groups)

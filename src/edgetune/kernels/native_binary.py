@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, get_num_threads
@@ -11,6 +13,7 @@ from edgetune.kernels.binary_format import AT_ONCE, BinaryLayer
 from edgetune.kernels.calls import N, function
 
 _LAST = torch.channels_last
+PLANS = 1024  # remembered shapes
 
 
 def sign_pack(out: Tensor, x: Tensor, groups: int = 1) -> bool:
@@ -45,22 +48,22 @@ def arrange_filters(out: Tensor, bits: Tensor, channels: int, groups: int = 1) -
 
 
 def binary_conv(out: Tensor, bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
-                residual: Tensor | None, *layer: int) -> bool:
-    return _binary((out, None), (scale, shift, residual, None, None), bits, filters, 1, BinaryLayer(*layer))
+                residual: Tensor | None, layer: Sequence[int]) -> bool:
+    return _binary((out, None), (scale, shift, residual, None, None), bits, filters, 1, layer)
 
 
 def binary_conv_both(out: tuple[Tensor, Tensor], bits: Tensor, filters: Tensor, scale: Tensor | None,
-                     shift: Tensor | None, residual: Tensor | None, next_groups: int, *layer: int) -> bool:
-    return _binary(out, (scale, shift, residual, None, None), bits, filters, next_groups, BinaryLayer(*layer))
+                     shift: Tensor | None, residual: Tensor | None, next_groups: int, layer: Sequence[int]) -> bool:
+    return _binary(out, (scale, shift, residual, None, None), bits, filters, next_groups, layer)
 
 
 def binary_conv_sign(out: Tensor, bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None,
-                     next_groups: int, *layer: int) -> bool:
-    return _binary((None, out), (None, None, None, threshold, flip), bits, filters, next_groups, BinaryLayer(*layer))
+                     next_groups: int, layer: Sequence[int]) -> bool:
+    return _binary((None, out), (None, None, None, threshold, flip), bits, filters, next_groups, layer)
 
 
 def _binary(out: tuple[Tensor | None, Tensor | None], factors: tuple[Tensor | None, ...], bits: Tensor,
-            filters: Tensor, next_groups: int, layer: BinaryLayer) -> bool:
+            filters: Tensor, next_groups: int, layer: Sequence[int]) -> bool:
     """`factors`: scale, shift, residual, threshold, flip."""
     run = function("binary_conv", torch.float32)
     if run is None:
@@ -68,42 +71,53 @@ def _binary(out: tuple[Tensor | None, Tensor | None], factors: tuple[Tensor | No
     if any(t is not None and t.numel() == 0 for t in out):
         return True
     n, h, w, _ = bits.shape
-    rows, columns = layer.padded(h, w, 2)
-    nibbles = 2 * layer.bytes_of_tap * layer.groups
-    scratch, at_once = _scratch(n, rows * nibbles * (3 * columns + layer.stride_w))
-    sizes = _sizes(n, h, w, layer, layer.out_channels // next_groups, at_once)
-    dense = [bits.contiguous(), filters.contiguous(), *map(_dense, factors), *out, scratch]
+    sizes, room = _bits_plan(n, h, w, tuple(layer), next_groups)
+    dense = [bits.contiguous(), filters.contiguous(), *map(_dense, factors), *out,
+             torch.empty(room, dtype=torch.uint8)]
     run(*map(_pointer, dense), ctypes.addressof(sizes), get_num_threads())
     return True
 
 
 def bit_weight_conv(out: Tensor, x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
-                    residual: Tensor | None, *layer: int) -> bool:
-    run, which = function("bit_weight_conv", torch.float32), BinaryLayer(*layer)
+                    residual: Tensor | None, layer: Sequence[int]) -> bool:
+    run = function("bit_weight_conv", torch.float32)
     if run is None:
         return False
     if out.numel() == 0:
         return True
     n, _, h, w = x.shape
-    rows, columns = which.padded(h, w, 1)
-    scratch, at_once = _scratch(n, rows * columns * which.groups * which.bytes_of_tap * 8)
-    sizes = _sizes(n, h, w, which, at_once)
+    sizes, room = _bytes_plan(n, h, w, tuple(layer))
     outs = (None, out) if out.dtype == torch.int32 else (out, None)
     dense = [x.contiguous(memory_format=_LAST), filters.contiguous(), *map(_dense, (scale, shift, residual)), *outs,
-             scratch]
+             torch.empty(room, dtype=torch.uint8)]
     run(*map(_pointer, dense), ctypes.addressof(sizes), get_num_threads())
     return True
 
 
-def _scratch(samples: int, each: int) -> tuple[Tensor, int]:
-    """Room for padded samples of so many bytes each, and how many of them are made ready at once."""
-    at_once = min(samples, max(1, AT_ONCE // each))
-    return torch.empty(at_once * each, dtype=torch.uint8), at_once
+Plan = tuple["ctypes.Array[ctypes.c_int64]", int]
+"""The numbers that a C function takes, and the bytes of its scratch."""
 
 
-def _sizes(n: int, h: int, w: int, layer: BinaryLayer, *more: int) -> ctypes.Array[ctypes.c_int64]:
-    numbers = (n, h, w, *layer.out_size(h, w), *layer, *more)
-    return (N * len(numbers))(*numbers)
+@lru_cache(PLANS)
+def _bits_plan(n: int, h: int, w: int, numbers: tuple[int, ...], next_groups: int) -> Plan:
+    layer = BinaryLayer(*numbers)
+    rows, columns = layer.padded(h, w, 2)
+    nibbles = 2 * layer.bytes_of_tap * layer.groups
+    return _plan(n, h, w, layer, rows * nibbles * (3 * columns + layer.stride_w), layer.out_channels // next_groups)
+
+
+@lru_cache(PLANS)
+def _bytes_plan(n: int, h: int, w: int, numbers: tuple[int, ...]) -> Plan:
+    layer = BinaryLayer(*numbers)
+    rows, columns = layer.padded(h, w, 1)
+    return _plan(n, h, w, layer, rows * columns * layer.groups * layer.bytes_of_tap * 8)
+
+
+def _plan(n: int, h: int, w: int, layer: BinaryLayer, each: int, *more: int) -> Plan:
+    """`each`: bytes of scratch of a sample; as many of them are made ready at once as fit AT_ONCE."""
+    at_once = min(n, max(1, AT_ONCE // each))
+    numbers = (n, h, w, *layer.out_size(h, w), *layer, *more, at_once)
+    return (N * len(numbers))(*numbers), at_once * each
 
 
 def _dense(t: Tensor | None) -> Tensor | None:

@@ -184,17 +184,17 @@ def binary_conv(bits: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tensor
                 shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Convolution of +-1 with +-1: sign_pack's bits and arranged filters -> float32 (n o p q), channels last.
 
-    y = scale*sum + shift, float32 (o), rounded once where the CPU fuses it, then + residual (n o p q). The sum is exact,
-    also at a border of zeros (layer.pad_value 0; -1 and +1 are ordinary bits).
+    y = scale*sum + shift, float32 (o), rounded once where the CPU fuses it, then + residual (n o p q). The sum is
+    exact, also at a border of zeros (layer.pad_value 0; -1 and +1 are ordinary bits).
     """
-    return _binary_conv(bits, filters, scale, shift, residual, *layer)
+    return _binary_conv(bits, filters, scale, shift, residual, layer)
 
 
 def binary_conv_both(bits: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tensor | None = None,
                      shift: Tensor | None = None, residual: Tensor | None = None,
                      next_groups: int = 1) -> tuple[Tensor, Tensor]:
     """What binary_conv gives, and sign_pack of that with `next_groups`, in one pass."""
-    return _binary_conv_both(bits, filters, scale, shift, residual, next_groups, *layer)
+    return _binary_conv_both(bits, filters, scale, shift, residual, next_groups, layer)
 
 
 def binary_conv_sign(bits: Tensor, filters: Tensor, layer: BinaryLayer, threshold: Tensor, flip: Tensor | None = None,
@@ -204,7 +204,7 @@ def binary_conv_sign(bits: Tensor, filters: Tensor, layer: BinaryLayer, threshol
     Where flip, bool (o), is True: where they are not. So all steps are expressible: filters.sign_thresholds gives the
     two for the sign of scale*sum + shift; a threshold of -2^31 is always reached, 2^31-1 never.
     """
-    return _binary_conv_sign(bits, filters, threshold, flip, next_groups, *layer)
+    return _binary_conv_sign(bits, filters, threshold, flip, next_groups, layer)
 
 
 def bit_weight_conv(x: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tensor | None = None,
@@ -214,4 +214,4 @@ def bit_weight_conv(x: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tenso
     With a scale, shift (o) or residual (n o p q), float32, it is that of binary_conv: float32. The border counts as
     layer.pad_value, 0 to 255. Fastest where x lies channels last.
     """
-    return _bit_weight_conv(x, filters, scale, shift, residual, *layer)
+    return _bit_weight_conv(x, filters, scale, shift, residual, layer)

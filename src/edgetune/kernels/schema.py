@@ -31,8 +31,6 @@ class Op(NamedTuple):
 
 _POOL = "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w"
 _AFFINE = "Tensor? scale, Tensor? shift, Tensor? residual"
-_LAYER = ("int channels, int out_channels, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_top, "
-          "int pad_left, int pad_bottom, int pad_right, int dil_h, int dil_w, int groups, int pad_value")
 
 OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback, name), getattr(native, name))
                       for name, signature in {
@@ -57,11 +55,11 @@ OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback,
     "sign_pack": "(Tensor x, int groups=1) -> Tensor",
     "sign_unpack": "(Tensor bits, int channels, int groups=1) -> Tensor",
     "arrange_filters": "(Tensor bits, int channels, int groups=1) -> Tensor",
-    "binary_conv": f"(Tensor bits, Tensor filters, {_AFFINE}, {_LAYER}) -> Tensor",
-    "binary_conv_both": f"(Tensor bits, Tensor filters, {_AFFINE}, int next_groups, {_LAYER}) -> (Tensor, Tensor)",
-    "binary_conv_sign": f"(Tensor bits, Tensor filters, Tensor threshold, Tensor? flip, int next_groups, {_LAYER}) "
+    "binary_conv": f"(Tensor bits, Tensor filters, {_AFFINE}, int[] layer) -> Tensor",
+    "binary_conv_both": f"(Tensor bits, Tensor filters, {_AFFINE}, int next_groups, int[] layer) -> (Tensor, Tensor)",
+    "binary_conv_sign": "(Tensor bits, Tensor filters, Tensor threshold, Tensor? flip, int next_groups, int[] layer) "
                         "-> Tensor",
-    "bit_weight_conv": f"(Tensor x, Tensor filters, {_AFFINE}, {_LAYER}) -> Tensor",
+    "bit_weight_conv": f"(Tensor x, Tensor filters, {_AFFINE}, int[] layer) -> Tensor",
 }.items()}
 
 

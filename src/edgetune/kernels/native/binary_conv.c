@@ -43,27 +43,42 @@ typedef struct {
 static inline int64_t row_places(const binary_job *j) { return j->c.groups * j->columns * j->nibbles; }
 static inline int64_t group_symbols(const binary_job *j) { return (j->columns + j->c.stride_w) * j->nibbles; }
 
+/* The symbols of `columns` columns of the padding. */
+static void pad_symbols(const binary_job *j, int64_t columns, uint8_t *to) {
+    if (j->c.pad <= 0) {
+        memset(to, j->c.pad < 0 ? 0 : NOTHING, (size_t)(columns * j->nibbles));
+        return;
+    }
+    for (int64_t x = 0; x < columns; x++)
+        for (int64_t k = 0; k < j->nibbles; k++) {
+            int64_t real = j->c.i - 4 * k;
+            *to++ = real >= 4 ? 15 : real > 0 ? (uint8_t)((1 << real) - 1) : 0;
+        }
+}
+
+static inline void split_bytes(const uint8_t *restrict bytes, int64_t count, uint8_t *restrict to) {
+    for (int64_t k = 0; k < count; k++) {
+        to[2 * k] = bytes[k] & 15;
+        to[2 * k + 1] = bytes[k] >> 4;
+    }
+}
+
 /* The symbols of one group of a padded row of the input; NULL for a row of the padding. */
 static void read_symbols(const binary_job *j, const uint8_t *row, int64_t group, uint8_t *to) {
     const convolution *c = &j->c;
-    int64_t words = (c->i + 63) / 64 * 8;
-    for (int64_t x = 0; x < j->columns + c->stride_w; x++, to += j->nibbles) {
-        int64_t column = x - c->left;
-        if (row != NULL && column >= 0 && column < c->w) {
-            const uint8_t *pixel = row + column * j->pixel_bytes + group * words;
-            for (int64_t k = 0; k < c->bytes; k++) {
-                to[2 * k] = pixel[k] & 15;
-                to[2 * k + 1] = pixel[k] >> 4;
-            }
-        } else if (c->pad > 0) {
-            for (int64_t k = 0; k < j->nibbles; k++) {
-                int64_t real = c->i - 4 * k;
-                to[k] = real >= 4 ? 15 : real > 0 ? (uint8_t)((1 << real) - 1) : 0;
-            }
-        } else {
-            memset(to, c->pad < 0 ? 0 : NOTHING, (size_t)j->nibbles);
-        }
-    }
+    int64_t all = j->columns + c->stride_w, left = row ? least(c->left, all) : all, real = least(c->w, all - left);
+    pad_symbols(j, left, to);
+    if (row == NULL) return;
+    to += left * j->nibbles;
+    row += group * ((c->i + 63) / 64 * 8);
+    if (c->bytes == j->pixel_bytes) split_bytes(row, real * c->bytes, to);
+    else for (int64_t x = 0; x < real; x++) split_bytes(row + x * j->pixel_bytes, c->bytes, to + x * j->nibbles);
+    pad_symbols(j, all - left - real, to + real * j->nibbles);
+}
+
+/* The place of the table of every symbol and the one `apart` from it. */
+static inline void pair_symbols(const uint8_t *symbols, int64_t apart, int64_t count, uint16_t *restrict to) {
+    for (int64_t k = 0; k < count; k++) to[k] = (uint16_t)((symbols[k] + SYMBOLS * symbols[k + apart]) * 16);
 }
 
 /* Items are padded rows of the samples at hand. */
@@ -77,11 +92,9 @@ static void find_places(const void *job, int64_t begin, int64_t end) {
             : j->bits + ((j->first_sample + item / j->rows) * c->h + from) * c->w * j->pixel_bytes;
         for (int64_t group = 0; group < c->groups; group++) {
             uint8_t *symbols = j->symbols + (item * c->groups + group) * group_symbols(j);
-            uint16_t *restrict to = j->places + item * row_places(j) + group * j->columns * j->nibbles;
+            uint16_t *to = j->places + item * row_places(j) + group * j->columns * j->nibbles;
             read_symbols(j, pixels, group, symbols);
-            const uint8_t *second = symbols + c->stride_w * j->nibbles;
-            for (int64_t k = 0; k < j->columns * j->nibbles; k++)
-                to[k] = (uint16_t)((symbols[k] + SYMBOLS * second[k]) * 16);
+            pair_symbols(symbols, c->stride_w * j->nibbles, j->columns * j->nibbles, to);
         }
     }
 }
@@ -124,24 +137,24 @@ static inline __attribute__((always_inline)) void meet_pairs(const uint16_t *con
         for (int v = 0; v < 2; v++) c[n][v] = (counts){b32_zero(), b32_zero()};
     const uint16_t *one = at[0], *two = at[pairs - 1];
     int64_t k = 0;
-    for (; k + 3 <= nibbles; k += 3) {
-        b32 sum[2][2];
-        for (int step = 0; step < 3; step++)
-            for (int n = 0; n < pairs; n++) {
+    for (; k + 3 <= nibbles; k += 3)
+        for (int n = 0; n < pairs; n++) {
+            b32 sum[2];
+            for (int step = 0; step < 3; step++) {
                 table16 table = table_of((n ? two : one)[k + step]);
                 for (int v = 0; v < blocks; v++) {
                     b32 found = b32_lookup(table, b32_load(w + ((k + step) * blocks + v) * LANES));
-                    sum[n][v] = step ? b32_add(sum[n][v], found) : found;
+                    sum[v] = step ? b32_add(sum[v], found) : found;
                 }
             }
-        for (int n = 0; n < pairs; n++)
-            for (int v = 0; v < blocks; v++) c[n][v] = count_more(c[n][v], sum[n][v]);
-    }
+            for (int v = 0; v < blocks; v++) c[n][v] = count_more(c[n][v], sum[v]);
+        }
     for (; k < nibbles; k++)
-        for (int n = 0; n < pairs; n++)
+        for (int n = 0; n < pairs; n++) {
+            table16 table = table_of((n ? two : one)[k]);
             for (int v = 0; v < blocks; v++)
-                c[n][v] = count_more(c[n][v], b32_lookup(table_of((n ? two : one)[k]),
-                                                         b32_load(w + (k * blocks + v) * LANES)));
+                c[n][v] = count_more(c[n][v], b32_lookup(table, b32_load(w + (k * blocks + v) * LANES)));
+        }
     for (int n = 0; n < pairs; n++)
         for (int v = 0; v < blocks; v++) add_up(c[n][v], sums + n * 2 * STRIPE + v * LANES, STRIPE, begin);
 }
@@ -172,7 +185,7 @@ static int count_differences(const binary_job *j, const int64_t *offsets, int64_
     const convolution *c = &j->c;
     int runs = c->dil_w == 1 ? 1 : (int)c->kv, begin = 1, is_wide = 0;
     int64_t run = c->dil_w == 1 ? c->kv * c->bytes : c->bytes, held = 0;
-    uint8_t w[2 * CHUNK * STRIPE];
+    _Alignas(64) uint8_t w[2 * CHUNK * STRIPE];
     for (int64_t u = 0; u < c->ku; u++)
         for (int64_t v = 0; v < runs; v++)
             for (int64_t k = 0; k < run; k += CHUNK) {
@@ -204,58 +217,96 @@ static inline v8 dots_of(float products, const uint16_t *sums, const uint32_t *w
     return v8_fma(v8_all(-2), differences, v8_all(products));
 }
 
-/* One pixel of the answer, `count` filters from `first` on. */
-static inline void put_pixel(const answer *a, int64_t pixel, int64_t first, int64_t count, float products,
-                             const uint16_t *sums, const uint32_t *wide, const float *limits, uint64_t flips) {
-    uint64_t bits = 0;
-    int64_t at = pixel * a->filters + first;
-    for (int64_t k = 0; k < count; k += 8) {
-        v8 y = dots_of(products, sums + k, wide ? wide + k : NULL), limit = v8_all(0);
-        if (limits != NULL) limit = v8_load(limits + k);
-        else y = affine(a, y, first + k, at + k, count - k);
-        if (a->y != NULL) part_store(a->y + at + k, y, (int)least(8, count - k));
-        if (a->bits != NULL) bits |= (uint64_t)v8_at_least(y, limit) << k;
-    }
-    if (a->bits == NULL) return;
-    bits ^= flips;
-    put_bits(a, pixel, first, count == 64 ? bits : bits & (((uint64_t)1 << count) - 1), count);
-}
+/* What the filters of a stripe need, filled up to whole vectors. */
+typedef struct {
+    int64_t first, count;
+    uint64_t flips;
+    float scale[STRIPE], shift[STRIPE], limits[STRIPE];
+} stripe;
 
 /* Dots lie within 2^24, where floats are exact, so limits may be brought there. */
-static uint64_t read_limits(const answer *a, int64_t first, int64_t count, float *limits) {
+static void read_stripe(const answer *a, int64_t first, int64_t count, stripe *s) {
     const int32_t most = 1 << 24;
-    uint64_t flips = 0;
+    s->first = first;
+    s->count = count;
+    s->flips = 0;
     for (int64_t k = 0; k < STRIPE; k++) {
-        int32_t limit = k < count ? a->limits[first + k] : 0;
-        limits[k] = (float)(limit > most ? most : limit < -most ? -most : limit);
-        if (k < count && a->flips != NULL && a->flips[first + k]) flips |= (uint64_t)1 << k;
+        int32_t limit = a->limits && k < count ? a->limits[first + k] : 0;
+        s->scale[k] = a->scale && k < count ? a->scale[first + k] : 1;
+        s->shift[k] = a->shift && k < count ? a->shift[first + k] : 0;
+        s->limits[k] = (float)(limit > most ? most : limit < -most ? -most : limit);
+        if (a->flips && k < count && a->flips[first + k]) s->flips |= (uint64_t)1 << k;
     }
-    return flips;
 }
 
+/* One pixel of the answer. What is asked for is constant: floats or not, of whole stripes or not, bits or not. */
+static inline __attribute__((always_inline)) void put_pixel(const answer *a, const stripe *s, int64_t pixel,
+                                                            float products, const uint16_t *sums, const uint32_t *wide,
+                                                            int floats, int whole, int signs) {
+    uint64_t bits = 0;
+    int64_t at = pixel * a->filters + s->first, count = whole ? STRIPE : s->count;
+    for (int64_t k = 0; k < count; k += 8) {
+        int here = whole ? 8 : (int)least(8, count - k);
+        v8 y = dots_of(products, sums + k, wide ? wide + k : NULL);
+        if (floats) {
+            y = v8_fma(y, v8_load(s->scale + k), v8_load(s->shift + k));
+            if (a->residual) y = v8_add(y, load_few(a->residual + at + k, here));
+            if (here == 8) v8_store(a->y + at + k, y);
+            else part_store(a->y + at + k, y, here);
+        }
+        if (signs) bits |= (uint64_t)v8_at_least(y, v8_load(s->limits + k)) << k;
+    }
+    if (!signs) return;
+    bits ^= s->flips;
+    put_bits(a, pixel, s->first, count == 64 ? bits : bits & (((uint64_t)1 << count) - 1), count);
+}
+
+static inline void put_any(const answer *a, const stripe *s, int64_t pixel, float products, const uint16_t *sums,
+                           const uint32_t *wide) {
+    int whole = s->count == STRIPE;
+    if (wide != NULL || !whole) put_pixel(a, s, pixel, products, sums, wide, a->y != NULL, 0, a->bits != NULL);
+    else if (a->bits == NULL) put_pixel(a, s, pixel, products, sums, NULL, 1, 1, 0);
+    else if (a->y == NULL) put_pixel(a, s, pixel, products, sums, NULL, 0, 1, 1);
+    else put_pixel(a, s, pixel, products, sums, NULL, 1, 1, 1);
+}
+
+/* A pair of pixels, by the first of them. */
 typedef struct { int64_t sample, p, q; } position;
 
-/* Where a pair of pixels begins. */
 static inline position position_of(const binary_job *j, int64_t pair) {
     int64_t row = pair / j->pairs;
     return (position){row / j->c.p, row % j->c.p, pair % j->pairs * 2};
 }
 
-static void put_tile(const binary_job *j, int64_t first_pair, int64_t pairs, int64_t first, int64_t count,
+static inline position next_pair(const binary_job *j, position at) {
+    at.q += 2;
+    if (at.q < j->c.q) return at;
+    at.q = 0;
+    if (++at.p < j->c.p) return at;
+    at.p = 0;
+    at.sample++;
+    return at;
+}
+
+/* Products of one output: of the border's zeros none. */
+static inline int64_t products_of(const convolution *c, int64_t p, int64_t q) {
+    if (c->pad != 0) return c->i * c->ku * c->kv;
+    return c->i * taps_inside(p * c->stride_h - c->top, c->dil_h, c->ku, c->h)
+        * taps_inside(q * c->stride_w - c->left, c->dil_w, c->kv, c->w);
+}
+
+static void put_tile(const binary_job *j, position at, int64_t pairs, int64_t first, int64_t count,
                      const uint16_t *sums, const uint32_t *wide) {
     const convolution *c = &j->c;
-    float limits[STRIPE];
-    uint64_t flips = j->a.limits ? read_limits(&j->a, first, count, limits) : 0;
-    for (int64_t n = 0; n < 2 * pairs; n++) {
-        position at = position_of(j, first_pair + n / 2);
-        int64_t q = at.q + n % 2, taps = c->ku * c->kv;
-        if (q >= c->q) continue;
-        if (c->pad == 0)
-            taps = taps_inside(at.p * c->stride_h - c->top, c->dil_h, c->ku, c->h)
-                * taps_inside(q * c->stride_w - c->left, c->dil_w, c->kv, c->w);
-        int64_t pixel = ((j->first_sample + at.sample) * c->p + at.p) * c->q + q;
-        put_pixel(&j->a, pixel, first, count, (float)(c->i * taps), sums + n * STRIPE, wide ? wide + n * STRIPE : NULL,
-                  j->a.limits ? limits : NULL, flips);
+    stripe s;
+    read_stripe(&j->a, first, count, &s);
+    for (int64_t n = 0; n < pairs; n++, at = next_pair(j, at)) {
+        int64_t pixel = ((j->first_sample + at.sample) * c->p + at.p) * c->q + at.q;
+        for (int second = 0; second < 2 && at.q + second < c->q; second++) {
+            int64_t place = (2 * n + second) * STRIPE;
+            put_any(&j->a, &s, pixel + second, (float)products_of(c, at.p, at.q + second), sums + place,
+                    wide ? wide + place : NULL);
+        }
     }
 }
 
@@ -270,14 +321,13 @@ static void binary_items(const void *job, int64_t begin, int64_t end) {
         int64_t first_pair = item / j->stripes / c->groups * j->tile;
         int64_t pairs = least(j->tile, j->samples * c->p * j->pairs - first_pair);
         int64_t count = least(STRIPE, c->o - stripe * STRIPE), offsets[PAIRS];
-        for (int64_t n = 0; n < pairs; n++) {
-            position at = position_of(j, first_pair + n);
+        position first = position_of(j, first_pair), at = first;
+        for (int64_t n = 0; n < pairs; n++, at = next_pair(j, at))
             offsets[n] = (at.sample * j->rows + at.p * c->stride_h) * row_places(j)
                 + (group * j->columns + at.q * c->stride_w) * j->nibbles;
-        }
         int is_wide = count_differences(j, offsets, pairs, blocks_of(c, j->filters, group, stripe),
                                         count > LANES ? 2 : 1, sums, wide);
-        put_tile(j, first_pair, pairs, group * c->o + stripe * STRIPE, count, sums, is_wide ? wide : NULL);
+        put_tile(j, first, pairs, group * c->o + stripe * STRIPE, count, sums, is_wide ? wide : NULL);
     }
 }
 
