@@ -19,10 +19,11 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
     "errors", "units", "shapes", "record", "kernels", "codecs", "overlap", "recognise", "graph", "blocks", "contract",
-    "hosts", "methods", "quantize", "fold", "route", "claims", "apply", "allocator", "scratch", "outcome", "meter",
-    "update", "hold", "profile", "stopwatch", "draft", "alone", "calibrate", "knapsack", "prospect", "timeline", "cuts",
-    "stretches", "plan", "reasons", "front", "sparse", "lowrank", "models", "data", "cache", "frozen", "costs", "run",
-    "loop", "job", "train", "report", "bench", "doctor", "cli", "__main__",
+    "hosts", "methods", "quantize", "fold", "route", "rewire", "claims", "apply", "allocator", "scratch", "outcome",
+    "meter", "update", "hold", "profile", "stopwatch", "draft", "alone", "calibrate", "knapsack", "prospect",
+    "timeline", "cuts", "stretches", "plan", "reasons", "front", "sparse", "lowrank", "models", "data", "cache",
+    "frozen", "costs", "distil", "run", "loop", "job", "train", "compress", "report", "bench", "doctor", "cli",
+    "__main__",
 ]  # fmt: skip
 BASICS = {"errors", "units", "shapes", "record"}
 NARROW = {"models": BASICS, "data": BASICS}

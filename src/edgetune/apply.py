@@ -1,8 +1,9 @@
 """model, Plan -> model': swap the backward pass in place, before DistributedDataParallel and the optimizer are made.
 
-First methods rewrite the blocks that the plan gives to them, and the network is traced anew. Parameters, state_dict
-keys and module types stay, beside what a rewriting adds. The model's `forward` is routed through code generated from
-its own graph, in which the planned segments are single calls; without gradients the original forward runs.
+First methods rewrite the blocks and layers that the plan gives to them, and the network is traced anew. Parameters,
+state_dict keys and module types stay, beside what a rewriting adds. The model's `forward` is routed through code
+generated from its own graph, in which the planned segments are single calls; without gradients the original forward
+runs.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from torch import nn
 
 from edgetune.blocks import as_block
 from edgetune.claims import check_use, claim, remembering, stretches, without
-from edgetune.contract import Method, Plan, Segment, qualified
+from edgetune.contract import ArithmeticMethod, Method, Plan, Segment, qualified
 from edgetune.errors import PlanError, Refusal
 from edgetune.graph import Graph, carries_hooks, rerouted, trace
+from edgetune.hosts.arithmetic import arithmetic_layers
+from edgetune.recognise import ARITHMETIC
+from edgetune.rewire import rewire
 from edgetune.route import route, route_module
 
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -48,9 +52,9 @@ class Undo:
 def apply(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
     """Make `model` train as `plan` says, in place; returns the undo.
 
-    Only what the plan lists learns; batch norms keep their running statistics. Blocks that `rewrite` has changed before
-    stay so when this is undone. `graph` saves tracing anew. Raises PlanError for layers that the model does not have,
-    Refusal for layers that a method cannot take.
+    Only what the plan lists learns; batch norms keep their running statistics unless the plan says otherwise. What
+    `rewrite` has changed before stays so when this is undone. `graph` saves tracing anew. Raises PlanError for layers
+    that the model does not have, Refusal for layers that a method cannot take.
     """
     if "_edgetune" in model.__dict__:
         raise PlanError("a plan is applied to this model already: call its undo first")
@@ -66,7 +70,8 @@ def apply(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
         graph = _remember(model, _prepare(model, graph, plan, undo), plan, undo)
         check_use(graph, plan)
         _choose_what_learns(model, plan, undo)
-        _freeze_statistics(model, undo)
+        if plan.norms == "frozen":
+            _freeze_statistics(model, undo)
         segments = claim(graph, plan)
         undo.segments = tuple(segments)
         followed = [segment for segment in segments if segment.calls[0].followed]
@@ -92,36 +97,59 @@ def prepared(model: nn.Module, graph: Graph, plan: Plan) -> Iterator[Graph]:
 
 
 def rewrite(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Undo:
-    """Give `model` the blocks that the plan's methods make of its own, in place, and nothing else; returns the undo.
+    """Give `model` the blocks and layers that the plan's methods make of its own, in place, and nothing else; returns
+    the undo.
 
     So a network takes the weights of a run whose plan rewrote it. What is rewritten already is left as it is.
     Raises PlanError and Refusal as `apply` does.
     """
-    undo, wanted = Undo(), {}
-    for name, stack in plan.rewritten().items():
-        done = _module(model, name).__dict__.get(_REWRITTEN, stack)
-        if done != stack:
-            raise PlanError(f"the plan rewrites block '{name}', which another plan has rewritten: undo that one first")
-        if _REWRITTEN not in _module(model, name).__dict__:
-            wanted[name] = stack
-    if not wanted:
+    undo, blocks, layers = Undo(), _blocks_to_rewrite(model, plan), _layers_to_rewrite(model, plan)
+    if not blocks and not layers:
         return undo
     if rerouted(model) is not None:
-        raise Refusal(min(wanted), "is to be rewritten, but the frozen part of its network is in integers already",
-                      "rewrite its blocks first (`edgetune.apply.rewrite`), then put the integers in place")
+        raise Refusal(min({**blocks, **layers}), "is to be rewritten, but the network runs another graph than its own "
+                      "already", "rewrite all in one plan, and before the frozen part is put in integers")
     graph = graph or trace(model, _zeros(model, plan.input_shape))
-    _check_layers(model, graph, plan.model_copy(update={"layers": wanted}))
+    _check_layers(model, graph, plan.model_copy(
+        update={"layers": {name: plan.layers[name] for name in (*blocks, *layers)}}))
     try:
-        for name, stack in wanted.items():
+        for name, stack in blocks.items():
             module, block = _module(model, name), as_block(graph, name)
             assert block is not None
             for method in stack:
                 undo.add(method.rewrite(module, block))
             undo.add(_mark(module, stack))
+        if layers:
+            undo.add(rewire(model, graph if not blocks else trace(model, _zeros(model, plan.input_shape)), layers))
     except BaseException:
         undo()
         raise
     return undo
+
+
+def _blocks_to_rewrite(model: nn.Module, plan: Plan) -> dict[str, tuple[Method, ...]]:
+    """The blocks that the plan rewrites and nobody has yet."""
+    wanted = {}
+    for name, stack in plan.rewritten().items():
+        done = _module(model, name).__dict__.get(_REWRITTEN, stack)
+        if done != stack:
+            raise _other_plan(f"block '{name}'")
+        if _REWRITTEN not in _module(model, name).__dict__:
+            wanted[name] = stack
+    return wanted
+
+
+def _layers_to_rewrite(model: nn.Module, plan: Plan) -> dict[str, ArithmeticMethod]:
+    """The layers whose numbers the plan changes and nobody has yet."""
+    wanted, done = plan.arithmetic(), {name: layer.method for name, layer in arithmetic_layers(model).items()}
+    for name in wanted.keys() & done.keys():
+        if wanted[name] != done[name]:
+            raise _other_plan(f"layer '{name}'")
+    return {name: method for name, method in wanted.items() if name not in done}
+
+
+def _other_plan(what: str) -> PlanError:
+    return PlanError(f"the plan rewrites {what}, which another plan has rewritten: undo that one first")
 
 
 _REWRITTEN = "_edgetune_rewritten"
@@ -175,6 +203,8 @@ def _check_layers(model: nn.Module, graph: Graph, plan: Plan) -> None:
         for method in stack:
             if layer not in calls:
                 raise _no_block(layer) if method.rewrites else _unknown(layer)
+            if isinstance(method, ArithmeticMethod) and calls[layer].kind == ARITHMETIC:
+                continue  # it is by this method already, or `rewrite` would have refused
             reason = method.refuse(calls[layer])
             if reason is not None:
                 head, _, way_out = reason.partition(": ")

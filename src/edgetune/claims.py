@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import torch
 
-from edgetune.contract import CodedMethod, KeptMethod, LayerMethod, Plan, Segment, Stretch, one_call, qualified
+from edgetune.contract import (
+    ArithmeticMethod,
+    CodedMethod,
+    KeptMethod,
+    LayerMethod,
+    Plan,
+    Segment,
+    Stretch,
+    one_call,
+    qualified,
+)
 from edgetune.errors import Refusal
 from edgetune.graph import Call, Graph
 from edgetune.hosts.conv import conv_rule
@@ -22,18 +32,20 @@ def claim(graph: Graph, plan: Plan) -> list[Segment]:
     segments: list[Segment] = []
     taken: set[str] = set()
     kinds = {type(m) for stack in plan.layers.values() for m in stack}
+    # a norm that takes its batch's statistics is torch's, unless its layer's method knows it
+    frozen = graph if plan.norms == "frozen" else without(graph, {call.node for call in graph.layers("norm")})
     for kind in sorted(kinds, key=lambda kind: (issubclass(kind, KeptMethod), kind.method)):
         if not hasattr(kind, "claim"):
             continue
-        left = graph
+        left = graph if issubclass(kind, ArithmeticMethod) else frozen
         if issubclass(kind, CodedMethod):
             _check_held(graph, plan, kind, taken)
-            left = without(graph, taken)
+            left = without(left, taken)
         for segment in kind.claim(left, plan):
             if not taken & {call.node for call in segment.calls}:
                 segments.append(segment)
                 taken |= {call.node for call in segment.calls}
-    for call in on_gradient_path(graph, plan):
+    for call in on_gradient_path(frozen, plan):
         if call.node in taken or graph.overwrites_for_others(call):
             continue
         if call.kind == "conv":
@@ -107,7 +119,7 @@ def check_use(graph: Graph, plan: Plan) -> None:
     reached = {call.name for call in on_gradient_path(graph, plan)}
     for layer, stack in plan.layers.items():
         for method in stack:
-            if layer not in reached and not method.rewrites and not method.exact_on(graph):
+            if not (layer in reached or method.rewrites or method.family == "arithmetic" or method.exact_on(graph)):
                 raise Refusal(layer, f"is given {method.method}, but no gradient comes to it, as nothing in it or in "
                               "front of it learns", "let something learn there, or take it out of the plan")
 

@@ -1,13 +1,16 @@
 """What a method promises, and what a plan says. The hosts rely on nothing else.
 
-A method is a frozen settings record with a name. It comes in one of two shapes:
+A method is a frozen settings record with a name. It comes in one of three shapes:
 
     LayerMethod     save(x, geometry) -> kept;  receive(gy, geometry) -> g;
                     grad_input(g, weight, geometry) -> gx;  grad_weight(kept, g, geometry) -> gw
     SegmentMethod   claim(graph, plan) -> segments, each with a Rule: forward -> outputs, kept; backward -> gradients
 
-A KeptMethod stands beside either: it says how what is kept is held, as `codec(state)` does, or what of it is not held
-but made again.
+    ArithmeticMethod  quantize_weight(weight, progress), quantize_activation(x, progress), each with a gradient of its
+                      own: the layer itself becomes another, and its answer changes
+
+A KeptMethod stands beside the first two: it says how what is kept is held, as `codec(state)` does, or what of it is
+not held but made again.
 
 Subclasses register themselves by name; `edgetune.methods` imports every file of its folders.
 """
@@ -229,6 +232,56 @@ class SegmentMethod(Method):
         raise TypeError(f"method '{cls.method}' declares no claim")
 
 
+class ArithmeticMethod(Method):
+    """A method that changes the numbers a convolution computes with, in training and ever after.
+
+    The layer becomes an `edgetune.hosts.arithmetic.ArithmeticConv2d`, which keeps its parameters and their names.
+    `progress` () is the share of the training that is over, 0..1; 1 in a trained network.
+    """
+
+    family = "arithmetic"
+    forward_is = "changed"
+    recipe: ClassVar[Mapping[str, Any]] = {}
+    """How a network by this method is trained unless someone says otherwise: settings of `edgetune.train`."""
+    clips: ClassVar[bool] = False
+    """Whether activations in front become clips to -1 and 1, and pools move in front of their norms."""
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a weight in the packed network."""
+        return 32
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of what the layer reads in the packed network."""
+        return 32
+
+    def refuse(self, call: Call) -> str | None:
+        return None if call.kind == "conv" else f"is a {call.kind}, not a convolution: leave it out of the plan"
+
+    def spares(self, call: Call) -> str | None:
+        """Why a convolution is better left as it is unless someone asks for it, or None."""
+        return None
+
+    def quantize_weight(self, weight: torch.Tensor, progress: torch.Tensor) -> torch.Tensor:
+        """What the layer multiplies by in place of weight (o i u v); the gradient is the method's surrogate."""
+        return weight
+
+    def quantize_activation(self, x: torch.Tensor, progress: torch.Tensor) -> torch.Tensor:
+        """What the layer reads in place of x (n c h w); the gradient is the method's surrogate."""
+        return x
+
+    def convolve(self, x: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
+                 progress: torch.Tensor) -> torch.Tensor:
+        """x (n c h w), weight (o i u v) -> y (n o p q), differentiable: the layer's answer but for its bias."""
+        raise TypeError(f"method '{self.method}' declares no convolve")
+
+    @classmethod
+    def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
+        """Runs around layers of this method whose training keeps less than `convolve` would."""
+        return []
+
+
 class KeptMethod(Method):
     """A method that leaves gradients to others, and says how what a layer keeps is held until backward."""
 
@@ -266,13 +319,15 @@ class Plan(Record):
     """Which layers learn, and how each one's gradient is computed: a file a person can read, diff and edit.
 
     `layers` maps a layer, or a block, to its stack of method settings, `learns` a layer to the parameters that train
-    (weight, bias); what is in neither is frozen. `micro_batch` samples go through at a time, None meaning all.
+    (weight, bias); what is in neither is frozen. `micro_batch` samples go through at a time, None meaning all. Batch
+    norms keep their running statistics ("frozen") or take those of each batch and go on learning them ("batch").
     """
 
     input_shape: tuple[int, ...]
     layers: dict[str, tuple[SerializeAsAny[Method], ...]] = {}
     learns: dict[str, tuple[str, ...]] = {}
     micro_batch: int | None = None
+    norms: Literal["frozen", "batch"] = "frozen"
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -293,6 +348,11 @@ class Plan(Record):
         """The blocks that methods rewrite, with those methods."""
         stacks = {name: tuple(m for m in stack if m.rewrites) for name, stack in self.layers.items()}
         return {name: stack for name, stack in stacks.items() if stack}
+
+    def arithmetic(self) -> dict[str, ArithmeticMethod]:
+        """The layers whose numbers a method changes, with that method."""
+        found = {name: self.settings(name, ArithmeticMethod) for name in self.layers}
+        return {name: method for name, method in found.items() if isinstance(method, ArithmeticMethod)}
 
     def listed(self) -> frozenset[str]:
         """Qualified names of the parameters under `learns`."""

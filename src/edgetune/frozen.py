@@ -27,7 +27,7 @@ from edgetune.cache.cut import copy_nodes, find_cut, tensors_read
 from edgetune.contract import Plan
 from edgetune.errors import ModelError, Refusal, RunError, WeightsError
 from edgetune.fold import compiled
-from edgetune.graph import Rerouted, evaluating, follow, reroute, rerouted, tensor_of
+from edgetune.graph import Rerouted, evaluating, follow, reroute, tensor_of
 from edgetune.quantize import Quantized, QuantizedNetwork, quantize
 from edgetune.recognise import IntegerLayer
 from edgetune.record import Record
@@ -182,7 +182,7 @@ def restore(model: nn.Module, path: Path, part: FrozenPart | None) -> Front | No
 
 def has_front(model: nn.Module) -> bool:
     """Whether the frozen part of a network is in integers."""
-    return rerouted(model) is not None
+    return NAME in model._modules
 
 
 _TAKEN = "_edgetune_taken"

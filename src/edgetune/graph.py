@@ -27,9 +27,10 @@ class Call(Record):
     """One call of one layer. Shapes are those of the sample; `inputs` and `consumers` are node names.
 
     `kind` is conv, linear, norm, activation, max_pool, mean, add, scale, subsample (every n-th pixel), pad (zero
-    channels), dropout, flatten, input, output, opaque or other; `function` names the torch function; `params` maps a
-    role (weight, bias, running_mean ...) to a qualified name, `state` a role of what a method remembers there. `scope`
-    is the submodule whose forward makes the call.
+    channels), arithmetic (a convolution by a method of that family), dropout, flatten, input, output, opaque or other;
+    `function` names the torch function or that method; `params` maps a role (weight, bias, running_mean ...) to a
+    qualified name, `state` a role of what a method remembers there. `scope` is the submodule whose forward makes the
+    call.
     """
 
     name: str

@@ -20,14 +20,16 @@ from edgetune.cache import FILES, Sight, open_features
 from edgetune.contract import Plan
 from edgetune.costs import planned_again, unrestrained
 from edgetune.data import Dataset
+from edgetune.distil import distilled
 from edgetune.errors import DivergedError, Refusal
 from edgetune.frozen import Front, has_front, install, remove
 from edgetune.graph import evaluating
-from edgetune.loop import Leg, Position, Progress
+from edgetune.loop import Leg, Loss, Position, Progress
 from edgetune.run import (
     FROZEN,
     PLAN,
     RUN,
+    TEACHER,
     WEIGHTS,
     Interrupted,
     Plain,
@@ -56,6 +58,7 @@ class Job:
     plain_model: nn.Module
     progress: Progress
     on_finish: OnFinish | None
+    teacher: nn.Module | None = None
 
     def note(self, **changes: Any) -> None:
         """Change the record, and the file with it."""
@@ -92,6 +95,8 @@ class Job:
     def _write_first(self, front: Front | None, plain: State) -> None:
         """run.json comes last, so where it is, all is."""
         self.plan.save(self.folder / PLAN)
+        if self.teacher is not None:
+            write_tensors(self.folder / TEACHER, self.teacher.state_dict())
         if front is not None:
             front.save(self.folder / FROZEN)
         state, start = self.model.state_dict(), Position().model_dump_json()
@@ -162,6 +167,7 @@ class Job:
             self.note(epochs=at.epochs, cached=leg.cached() or self.run.cached)
 
         leg = self._leg(self.model.train(), PLANNED, saved)
+        leg.loss_of = self._distilled()
         self.note(status="running")
         self._open_features(leg)
         try:
@@ -172,6 +178,13 @@ class Job:
                     features.close()
         saved(leg.at)  # a kill may have come between the last checkpoint and its weights
         self.note(epochs=leg.at.epochs, accuracy_after=leg.at.epochs[-1].val_accuracy)
+
+    def _distilled(self) -> Loss | None:
+        settings = self.run.settings.distil
+        if settings is None or self.teacher is None:
+            return None
+        shape = self.plan.input_shape[1:]
+        return distilled(self.model, self.teacher, settings, torch.zeros(1, *shape, device=device_of(self.model)))
 
     def _open_features(self, leg: Leg) -> None:
         """Let the leg train from features where the run has a cache and something frozen to keep."""

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,13 @@ from torch import nn
 from edgetune.cache import CacheUse, Features
 from edgetune.data import Dataset, batches, generator_for
 from edgetune.errors import DivergedError, RunError
+from edgetune.hosts.arithmetic import advance
 from edgetune.record import Record
 from edgetune.run import Epoch, Settings, device_of, evaluate, fill, read_tensors, write_tensors
 from edgetune.update import as_it_comes
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 SAVE_EVERY_S = 60.0
 """Longest time in seconds that a kill can undo within an epoch."""
@@ -67,15 +69,20 @@ def rate_at(step: int, total: int, settings: Settings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
 
 
-def accumulate(model: Forward, x: torch.Tensor, y: torch.Tensor, micro_batch: int) -> float:
-    """Add the gradient of the mean cross-entropy of x (n c h w), y (n), `micro_batch` samples at a time.
+def cross_entropy(model: Forward) -> Loss:
+    """The loss of x (n c h w), y (n), summed over samples, of a network that learns from labels alone."""
+    return lambda x, y: F.cross_entropy(model(x), y, reduction="sum")
+
+
+def accumulate(loss_of: Loss, x: torch.Tensor, y: torch.Tensor, micro_batch: int) -> float:
+    """Add the gradient of the mean loss of x (n c h w), y (n), `micro_batch` samples at a time.
 
     Equal to the whole batch at once wherever samples don't see each other, as with frozen norms. Returns the
     loss. With cached features x (n) are the numbers of the pictures.
     """
     total = 0.0
     for xs, ys in zip(x.split(micro_batch), y.split(micro_batch), strict=True):
-        loss = F.cross_entropy(model(xs), ys, reduction="sum") / len(x)
+        loss = loss_of(xs, ys) / len(x)
         loss.backward()
         total += loss.item()
     return total
@@ -90,6 +97,17 @@ class Position(Record):
     ms: float = 0.0
 
 
+OPTIMIZER_STATE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "step")
+"""What an optimizer may remember of a parameter."""
+
+
+def _optimizer(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+    """SGD, or AdamW, whose decay is apart from the gradient and so means the same however gradients are scaled."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+
+
 def _remembered(model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that a state_dict leaves out: what methods remember from step to step."""
     saved = model.state_dict().keys()
@@ -100,7 +118,8 @@ def _remembered(model: nn.Module) -> dict[str, torch.Tensor]:
 class Leg:
     """One training of one network, planned or plain; `saved` hears of every epoch and of Ctrl-C.
 
-    With `features`, and `val_features`, the frozen part of the network is looked up instead of run.
+    With `features`, and `val_features`, the frozen part of the network is looked up instead of run. `loss_of` is what
+    a teacher adds to the labels.
     """
 
     model: nn.Module
@@ -111,6 +130,7 @@ class Leg:
     saved: Callable[[Position], None]
     features: Features | None = None
     val_features: Features | None = None
+    loss_of: Loss | None = None
     at: Position = field(default_factory=Position)
     whole: bool = True  # False while weights, momentum and step number are not of one moment
 
@@ -120,11 +140,7 @@ class Leg:
         deep = [p for p in self.learned.values() if p.ndim > 1]
         decay = self.settings.weight_decay
         groups = [{"params": deep, "weight_decay": decay}, {"params": flat, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.SGD(
-            [g for g in groups if g["params"]],
-            lr=self.settings.learning_rate,
-            momentum=self.settings.momentum,
-        )
+        self.optimizer = _optimizer([g for g in groups if g["params"]], self.settings)
         self.per_epoch = -(-len(self.data.train) // self.settings.batch_size)
         self.total = self.settings.epochs * self.per_epoch
 
@@ -141,8 +157,10 @@ class Leg:
         except ValidationError as failure:
             raise RunError(f"'{self.checkpoint}' is no checkpoint of edgetune: train anew") from failure
         for name, parameter in self.learned.items():
-            if (kept := tensors.get(f"momentum/{name}")) is not None:
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(kept)
+            held = {key: tensors[f"{key}/{name}"] for key in OPTIMIZER_STATE if f"{key}/{name}" in tensors}
+            for key, saved in held.items():
+                like = parameter if saved.shape == parameter.shape else saved
+                self.optimizer.state[parameter][key] = torch.empty_like(like).copy_(saved)
         for name, buffer in _remembered(self.model).items():
             if (kept := tensors.get(f"state/{name}")) is not None:
                 buffer.copy_(kept)
@@ -151,9 +169,8 @@ class Leg:
         """Write the checkpoint."""
         tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.learned.items():
-            buffer = self.optimizer.state[parameter].get("momentum_buffer")
-            if buffer is not None:
-                tensors[f"momentum/{name}"] = buffer
+            held = self.optimizer.state[parameter]
+            tensors |= {f"{key}/{name}": held[key] for key in OPTIMIZER_STATE if held.get(key) is not None}
         tensors |= {f"state/{name}": buffer for name, buffer in _remembered(self.model).items()}
         write_tensors(self.checkpoint, tensors, self.at.model_dump_json())
 
@@ -204,13 +221,14 @@ class Leg:
         torch.manual_seed(generator_for("step", self.settings.seed, self.at.step).initial_seed())  # dropout
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(self.at.step, self.total, self.settings)
+        advance(self.model, self.at.step / self.total)
         self.optimizer.zero_grad()
         update = self._update_as_it_comes if self.settings.update_as_it_comes else self._update
-        return update(forward, x.to(device), y.to(device))
+        return update(self.loss_of or cross_entropy(forward), x.to(device), y.to(device))
 
-    def _update(self, forward: Forward, x: torch.Tensor, y: torch.Tensor) -> float:
+    def _update(self, loss_of: Loss, x: torch.Tensor, y: torch.Tensor) -> float:
         """All gradients, clipped, and then the step."""
-        loss = accumulate(forward, x, y, self.micro_batch)
+        loss = accumulate(loss_of, x, y, self.micro_batch)
         grads = [p.grad for p in self.learned.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         self._check(math.isfinite(loss) and math.isfinite(norm))
@@ -220,7 +238,7 @@ class Leg:
         self.optimizer.step()
         return loss
 
-    def _update_as_it_comes(self, forward: Forward, x: torch.Tensor, y: torch.Tensor) -> float:
+    def _update_as_it_comes(self, loss_of: Loss, x: torch.Tensor, y: torch.Tensor) -> float:
         """The step of each parameter within backward."""
 
         def one(parameter: nn.Parameter) -> None:
@@ -230,7 +248,7 @@ class Leg:
 
         self.whole = False
         with as_it_comes(self.model, one):
-            loss = accumulate(forward, x, y, len(x))
+            loss = accumulate(loss_of, x, y, len(x))
         self._check(math.isfinite(loss))
         return loss
 
@@ -248,6 +266,7 @@ class Leg:
 
     def _close(self, epoch: int, progress: Progress) -> None:
         classes, batch_size = len(self.data.classes), self.settings.batch_size
+        advance(self.model, self.at.step / self.total)
         score = evaluate(self.model, self.data.val, classes, batch_size, self.val_features)
         if not math.isfinite(score.loss):
             raise DivergedError(f"the validation loss is not a number after epoch {epoch + 1}")

@@ -205,8 +205,10 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Gradients set aside and put back; random state restored."""
+    """Gradients set aside and put back; random state and what norms learn of their batches restored."""
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
+    running = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
         with torch.random.fork_rng():
             hold_gradients(model, held=False)
@@ -214,6 +216,8 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, grad in grads:
             parameter.grad = grad
+        for buffer, before in running:
+            buffer.copy_(before)
 
 
 def hold_gradients(model: nn.Module, held: bool) -> None:

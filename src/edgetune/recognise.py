@@ -20,7 +20,7 @@ from edgetune.overlap import ConvGeometry, same_pads
 
 Facts = dict[str, Any]
 
-MASKS: dict[str, tuple[float, float]] = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+MASKS: dict[str, tuple[float, float]] = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0)}
 """Activations whose slope is one bit: 1 strictly between the bounds, 0 elsewhere."""
 
 SMOOTH: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -30,12 +30,12 @@ SMOOTH: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 _ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu", nn.GELU: "gelu",
-    nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid", nn.Tanh: "tanh", nn.Mish: "mish"}
+    nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid", nn.Tanh: "tanh", nn.Mish: "mish", nn.Hardtanh: "hardtanh"}
 
 _ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6", F.hardswish: "hardswish",
     F.silu: "silu", F.sigmoid: "sigmoid", torch.sigmoid: "sigmoid", F.hardsigmoid: "hardsigmoid",
-    torch.tanh: "tanh", F.mish: "mish"}
+    torch.tanh: "tanh", F.mish: "mish", F.hardtanh: "hardtanh"}
 
 _ADDS = {operator.add, operator.iadd, torch.add}
 _MULTIPLIES = {operator.mul, operator.imul, torch.mul}
@@ -49,15 +49,32 @@ class IntegerLayer(nn.Module):
     """The base of modules that compute in integers: one call, with nothing to follow inside."""
 
 
+ARITHMETIC = "arithmetic"
+"""The kind of a convolution whose numbers a method changes; the call's function is the method's name."""
+
+
+class ArithmeticLayer(nn.Module):
+    """The base of such convolutions (see `edgetune.hosts.arithmetic`): one call, with nothing to follow inside.
+
+    `method_name` is the method's, `same` whether pads follow the map as TensorFlow's do, `remembers` the buffers.
+    """
+
+    method_name: str
+    same: bool
+    remembers: tuple[str, ...]
+
+
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is one call, not to be followed further."""
-    return type(module) in _MODULES or _is_same_conv(module) or isinstance(module, IntegerLayer)
+    return type(module) in _MODULES or _is_same_conv(module) or isinstance(module, (IntegerLayer, ArithmeticLayer))
 
 
 def describe_module(module: nn.Module, name: str, given: list[torch.Tensor]) -> Facts:
     """The facts of a module's call on the tensors `given`."""
     describe = _conv if _is_same_conv(module) else _MODULES.get(type(module), _other)
     facts = {"name": name, **describe(module, given)}
+    if isinstance(module, ArithmeticLayer):
+        facts["state"] = {role: f"{name}.{role}" for role in module.remembers}
     held = {role: f"{name}.{role}" if name else role for role, _ in module.named_parameters(recurse=False)}
     if facts["kind"] == "norm":
         held |= {role: f"{name}.{role}" for role in ("running_mean", "running_var")
@@ -73,7 +90,7 @@ def describe_function(node: fx.Node, given: list[torch.Tensor]) -> Facts:
         return {"kind": "add", "function": "add", "in_place": target is operator.iadd}
     if target in _MULTIPLIES and len(given) == 2 and _is_gate(given) and _plain(node):
         return {"kind": "scale", "function": "mul", "in_place": target is operator.imul}
-    if target in _ACTIVATION_FUNCTIONS:
+    if target in _ACTIVATION_FUNCTIONS and (target is not F.hardtanh or _only_clips(node)):
         in_place = target is torch.relu_ or bool(node.kwargs.get("inplace", False))
         return {"kind": "activation", "function": _ACTIVATION_FUNCTIONS[target], "in_place": in_place}
     if target is torch.flatten:
@@ -106,6 +123,11 @@ def describe_method(node: fx.Node, given: list[torch.Tensor]) -> Facts:
 def _plain(node: fx.Node) -> bool:
     """Two operands and nothing else: `torch.add(x, y, alpha=2)` is another function."""
     return len(node.args) == 2 and not node.kwargs
+
+
+def _only_clips(node: fx.Node) -> bool:
+    """A hardtanh of its own bounds, -1 and 1."""
+    return len(node.args) == 1 and not node.kwargs.keys() - {"inplace"}
 
 
 def _strides(node: fx.Node) -> tuple[int, int] | None:
@@ -146,7 +168,7 @@ def _conv(module: nn.Module, given: list[torch.Tensor]) -> Facts:
         return {"kind": "other", "function": f"conv2d with {module.padding_mode} padding"}
     height, width = int(given[0].shape[2]), int(given[0].shape[3])
     kernel, stride, dilation = _two(module.kernel_size), _two(module.stride), _two(module.dilation)
-    same = _is_same_conv(module)
+    same = _is_same_conv(module) or (isinstance(module, ArithmeticLayer) and module.same)
     if same:
         pads = same_pads((height, width), kernel, stride, dilation)
     else:
@@ -163,7 +185,7 @@ def _norm(module: nn.Module, given: list[torch.Tensor]) -> Facts:
     assert isinstance(module, nn.BatchNorm2d)
     if module.running_mean is None:
         return {"kind": "other", "function": "batch_norm without running statistics"}
-    return {"kind": "norm", "function": "batch_norm", "attributes": {"eps": module.eps}}
+    return {"kind": "norm", "function": "batch_norm", "attributes": {"eps": module.eps, "momentum": module.momentum}}
 
 
 def _functional_norm(node: fx.Node) -> Facts:
@@ -181,6 +203,8 @@ def _functional_norm(node: fx.Node) -> Facts:
 
 def _activation(module: nn.Module, given: list[torch.Tensor]) -> Facts:
     function = _ACTIVATION_MODULES[type(module)]
+    if isinstance(module, nn.Hardtanh) and function == "hardtanh" and (module.min_val, module.max_val) != (-1, 1):
+        return {"kind": "other", "function": f"hardtanh from {module.min_val:g} to {module.max_val:g}"}
     if getattr(module, "approximate", "none") != "none":
         return {"kind": "other", "function": f"{function} (approximate)"}
     return {"kind": "activation", "function": function, "in_place": bool(getattr(module, "inplace", False))}
@@ -223,6 +247,8 @@ def _flatten(module: nn.Module, given: list[torch.Tensor]) -> Facts:
 
 
 def _other(module: nn.Module, given: list[torch.Tensor]) -> Facts:
+    if isinstance(module, ArithmeticLayer):
+        return {**_conv(module, given), "kind": ARITHMETIC, "function": module.method_name}
     if isinstance(module, IntegerLayer):
         return {"kind": INTEGERS, "function": type(module).__name__}
     kind = "opaque" if any(True for _ in module.children()) else "other"

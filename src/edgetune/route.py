@@ -22,6 +22,9 @@ from edgetune.fold import compiled, fold, pick
 from edgetune.graph import follow
 from edgetune.hosts.segment import runner
 
+STANDS_FOR = "edgetune.stands_for"
+"""Key of a node's meta under which stands which node of the network's own graph it gives the value of."""
+
 
 def route(model: nn.Module, segments: list[Segment], stretches: Sequence[Stretch] = ()) -> Callable[[], None]:
     """Give the model a forward in which every segment is one call, and every stretch around some; returns the way back.
@@ -119,6 +122,7 @@ def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], segment: Segment,
             with graph.inserting_after(call):
                 value = graph.create_node("call_function", pick, (call, index), name=f"{run.__name__}_{index}")
             made.append(value)
+        value.meta[STANDS_FOR] = name
         nodes[name].replace_all_uses_with(value, delete_user_cb=lambda user: user is not call)
         stale, nodes[name] = nodes[name], value
         nodes[f"stale:{stale.name}"] = stale

@@ -3,6 +3,7 @@
     run.json              the Run record; written last when a run starts, so where it is, the rest is too
     plan.json             the Plan, as a person can read it
     frozen.safetensors    the frozen part in integers, where the run has one (`edgetune.frozen`)
+    teacher.safetensors   the float network that another learns from, where the run has one (`edgetune.distil`)
     weights.safetensors   the whole state_dict, the last good one
     *.checkpoint          all that going on needs, in one file, so that no two of its parts can disagree
 
@@ -32,6 +33,7 @@ from edgetune.cache import Cache, CacheUse, Features
 from edgetune.contract import Plan
 from edgetune.costs import Costs
 from edgetune.data import Augment, Dataset, Pictures, Preprocess, batches, load_data, open_picture
+from edgetune.distil import Distil
 from edgetune.errors import ModelError, RunError
 from edgetune.frozen import FrozenPart, restore
 from edgetune.graph import evaluating
@@ -39,6 +41,7 @@ from edgetune.models import head_classes, load_model, replace_head
 from edgetune.record import Record, atomic_write
 
 RUN, PLAN, WEIGHTS, FROZEN = "run.json", "plan.json", "weights.safetensors", "frozen.safetensors"
+TEACHER = "teacher.safetensors"
 State = dict[str, torch.Tensor]
 
 
@@ -47,16 +50,17 @@ class Interrupted(RunError):
 
 
 class Settings(Record):
-    """How a network is trained: SGD with momentum, the rate rising over `warm_up` of all steps, then falling
+    """How a network is trained: SGD with momentum, or AdamW, the rate rising over `warm_up` of all steps, then falling
     to zero as a cosine; gradients longer than `clip_norm` are shortened (None: none are); norms and biases don't decay.
     With `update_as_it_comes` a parameter takes its step as soon as its gradient is there, which then goes; the norm of
     all gradients is never known, so `clip_norm` must be None. With `frozen_bits` what is in front of the first layer
-    that learns runs in integers."""
+    that learns runs in integers. With `distil` the network also learns from the float network that it was."""
 
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=0.01, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = Field(default=1e-4, ge=0)
     warm_up: float = Field(default=0.1, ge=0, lt=1)
     clip_norm: float | None = Field(default=2.0, gt=0)
@@ -66,6 +70,7 @@ class Settings(Record):
     baseline: bool = False
     cache: Cache | None = None
     frozen_bits: Literal[8] | None = None
+    distil: Distil | None = None
 
     @field_validator("update_as_it_comes")
     @classmethod
@@ -158,7 +163,7 @@ def fresh_folder(parent: str | Path, stem: str) -> Path:
 
 def sweep(folder: Path) -> None:
     """Remove what a kill in the middle of writing leaves behind: halves of files under hidden names."""
-    for name in (RUN, PLAN, WEIGHTS, FROZEN, "*.checkpoint"):
+    for name in (RUN, PLAN, WEIGHTS, FROZEN, TEACHER, "*.checkpoint"):
         for half in folder.glob(f".{name}.*"):
             half.unlink(missing_ok=True)
 

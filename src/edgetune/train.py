@@ -18,6 +18,7 @@ from edgetune.cache import Cache
 from edgetune.contract import Plan
 from edgetune.costs import Costs, costs_of
 from edgetune.data import Augment, Dataset, batches
+from edgetune.distil import Distil
 from edgetune.errors import ModelError, PlanError, RunError
 from edgetune.frozen import has_front, integer_front, restore
 from edgetune.job import Job, OnFinish
@@ -26,6 +27,7 @@ from edgetune.run import (
     FROZEN,
     PLAN,
     RUN,
+    TEACHER,
     DataRef,
     ModelRef,
     Plain,
@@ -36,8 +38,10 @@ from edgetune.run import (
     device_of,
     digest,
     evaluate,
+    fill,
     open_data,
     read_run,
+    read_tensors,
     versions,
 )
 
@@ -64,6 +68,8 @@ def train(
     baseline: bool = False,
     cache: Cache | None = None,
     frozen_bits: Literal[8] | None = None,
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    distil: Distil | None = None,
     model_name: str = "",
     model_options: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
@@ -78,7 +84,8 @@ def train(
     `augment` is True for the data's own views, False or None for none; `baseline` also trains a copy by plain
     full back-propagation, to compare; `cache` keeps what the frozen part gives (without one, as ever, all of the
     network runs in every epoch). With `frozen_bits` the frozen part becomes an integer network, in training and
-    ever after, and its float weights are let go of (`edgetune.frozen`). `clip_norm=None, update_as_it_comes=True` gives
+    ever after, and its float weights are let go of (`edgetune.frozen`). With `distil` it also learns from the float
+    network that it was (`edgetune.distil`). `clip_norm=None, update_as_it_comes=True` gives
     every parameter its step as soon as its gradient is there: the same training in less memory. `model_name`,
     `model_options`, `weights` and `data_options` (what `load_data` was given) are written down so that the run can be
     loaded and resumed by itself; `costs` are measured unless given; `on_finish(out, run)` is called at the end, to
@@ -89,7 +96,7 @@ def train(
     settings = _settings(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, momentum=momentum,
         weight_decay=weight_decay, warm_up=warm_up, clip_norm=clip_norm, seed=seed, baseline=baseline,
-        update_as_it_comes=update_as_it_comes, frozen_bits=frozen_bits,
+        update_as_it_comes=update_as_it_comes, frozen_bits=frozen_bits, optimizer=optimizer, distil=distil,
         cache=cache, augment=data.augment if augment is True else augment or None,
     )  # fmt: skip
     folder = Path(out)
@@ -114,13 +121,14 @@ def train(
         costs=costs,
         frozen=None if front is None else front.part,
     )
-    job = Job(folder, run, plan, data, model, _as_it_was(model, run, plan), progress or Silent(), on_finish)
+    teacher = None if distil is None else copy.deepcopy(model)
+    job = Job(folder, run, plan, data, model, _as_it_was(model, run, plan), progress or Silent(), on_finish, teacher)
     return job.finish(*job.begin(front, batch))
 
 
 def _as_it_was(model: nn.Module, run: Run, plan: Plan) -> nn.Module:
     """The network that plain back-propagation trains: a copy where the plan rewrites the model's blocks."""
-    if not run.plain or not plan.rewritten():
+    if not run.plain or not (plan.rewritten() or plan.arithmetic()):
         return model
     _refuse_integers(model)
     return copy.deepcopy(model)
@@ -178,7 +186,11 @@ def resume(
     if data is None:
         data = open_data(run)
     check_same(run, data)
-    job = Job(folder, run, plan, data, model, _as_it_was(model, run, plan), progress or Silent(), on_finish)
+    teacher = None
+    if run.settings.distil is not None:
+        teacher = copy.deepcopy(model)
+        fill(teacher, read_tensors(folder / TEACHER)[0], folder / TEACHER)
+    job = Job(folder, run, plan, data, model, _as_it_was(model, run, plan), progress or Silent(), on_finish, teacher)
     rewritten = rewrite(model, plan)
     front = restore(model, folder / FROZEN, run.frozen)
     return job.finish(apply(model, plan if front is None else front.left_over(plan)), rewritten)

@@ -30,7 +30,7 @@ from edgetune.data.source import Listing
 from edgetune.errors import EdgetuneError
 from edgetune.graph import Graph, trace
 from edgetune.kernels import heap
-from edgetune.loop import accumulate
+from edgetune.loop import accumulate, cross_entropy
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.gradient_filter import Taps
 from edgetune.methods.backward.pooled_chain import PooledChain
@@ -134,7 +134,7 @@ class _Epoch:
         options = self.case.options
         for forward, x, y in self._batches():
             self.optimizer.zero_grad()
-            accumulate(forward, x, y.to(options.device), options.batch)
+            accumulate(cross_entropy(forward), x, y.to(options.device), options.batch)
             self.optimizer.step()
         self.epoch += 1
 

@@ -90,7 +90,7 @@ class NormRule:
 
 
 class MaskRule:
-    """ReLU and ReLU6: one bit a value, packed eight to a byte."""
+    """ReLU, ReLU6 and the clip to -1 and 1: one bit a value, packed eight to a byte."""
 
     def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors, needs: Needs) -> Forward:
         call, x = segment.calls[0], xs[0]
@@ -150,7 +150,7 @@ def _window(call: Call) -> tuple[int, int, int, int, int, int, int, int, bool]:
     return kh, kw, sh, sw, ph, pw, dh, dw, bool(a["ceil_mode"])
 
 
-_MASKED: dict[str, Callable[..., torch.Tensor]] = {"relu": F.relu, "relu6": F.relu6}
+_MASKED: dict[str, Callable[..., torch.Tensor]] = {"relu": F.relu, "relu6": F.relu6, "hardtanh": F.hardtanh}
 
 
 def activate(function: str, x: torch.Tensor, in_place: bool = False) -> torch.Tensor:

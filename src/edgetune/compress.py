@@ -1,0 +1,75 @@
+"""model, data, method -> a network of cheaper arithmetic, trained: which layers take part, and the training that fits.
+
+A recipe is a plan in which layers have an arithmetic method, all parameters learn and norms take the statistics of
+their batches, with the settings that the method is trained by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from edgetune.contract import ArithmeticMethod, Plan
+from edgetune.data import Dataset, batches
+from edgetune.errors import PlanError
+from edgetune.graph import Call, Graph, trace
+from edgetune.run import Run, device_of
+from edgetune.train import train
+
+FIRST = "reads the pictures themselves"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What becomes of a network: its plan, the reasons why convolutions stay as they are by name, and the settings of
+    `edgetune.train` that differ from its own."""
+
+    plan: Plan
+    spared: dict[str, str]
+    settings: dict[str, Any]
+
+
+def recipe(graph: Graph, method: ArithmeticMethod, skip: Collection[str] = (), take: Collection[str] = ()) -> Recipe:
+    """`method` in every convolution but the first one, those that the method spares and those under `skip`.
+
+    `take` names layers that have the method all the same. Raises PlanError for names that are no convolutions of the
+    network and where nothing is left, Refusal (when the plan is applied) for layers that cannot take the method.
+    """
+    convs = {call.name: call for call in graph.layers("conv")}
+    for name in (*skip, *take):
+        if name not in convs:
+            raise PlanError(f"'{name}' is no convolution of this network: its convolutions are "
+                            f"{', '.join(convs)}")
+    pictures = {call.node for call in graph.calls if call.kind == "input"}
+    spared = {name: reason for name, call in convs.items() if name not in take
+              and (reason := _spared(call, method, pictures, skip)) is not None}
+    layers = {name: (method,) for name in convs if name not in spared}
+    if not layers:
+        name, reason = next(iter(spared.items()), ("", "there is no convolution"))
+        raise PlanError(f"no layer is left for {method.method} ('{name}': {reason}): name some with --take")
+    learns = {call.name: roles for call in graph.layers()
+              if (roles := tuple(role for role in call.params if not role.startswith("running")))}
+    plan = Plan(input_shape=graph.input_shape, layers=layers, learns=learns, norms="batch")
+    return Recipe(plan, spared, dict(method.recipe))
+
+
+def _spared(call: Call, method: ArithmeticMethod, pictures: set[str], skip: Collection[str]) -> str | None:
+    if call.name in skip:
+        return "is skipped as asked"
+    return FIRST if set(call.inputs) & pictures else method.spares(call)
+
+
+def compress(model: nn.Module, data: Dataset, method: ArithmeticMethod, *, out: str | Path,
+             skip: Collection[str] = (), take: Collection[str] = (), **settings: Any) -> Run:
+    """Rewrite `model` by `method`, in place, train it on `data`, and leave a run folder at `out`.
+
+    `skip` and `take` are as for `recipe`; `settings` are those of `edgetune.train`, and the method's own where they are
+    silent. Raises what `recipe` and `edgetune.train` raise.
+    """
+    sample, _ = next(batches(data.train, 1, shuffle=False))
+    made = recipe(trace(model, sample.to(device_of(model))), method, skip, take)
+    return train(model, data, made.plan, out=out, **{"baseline": False, **made.settings, **settings})

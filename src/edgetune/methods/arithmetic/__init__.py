@@ -1,0 +1,1 @@
+"""Methods that change the numbers a layer computes with: one paper, one file."""
