@@ -18,6 +18,8 @@ from nets import NETS, scramble
 
 METHODS = known_methods()
 BACKWARD = {name: kind for name, kind in METHODS.items() if kind.family == "backward"}
+ARITHMETIC = {name: kind for name, kind in METHODS.items() if kind.family == "arithmetic"}
+each_arithmetic = pytest.mark.parametrize("kind", ARITHMETIC.values(), ids=ARITHMETIC.keys())
 each_method = pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS.keys())
 each_backward = pytest.mark.parametrize("kind", BACKWARD.values(), ids=BACKWARD.keys())
 
@@ -170,3 +172,49 @@ def test_double_backward_is_refused_in_words(kind: type[Method]) -> None:
     et.apply(model, plan_for(model, x, kind))
     with pytest.raises(Refusal, match="create_graph"):
         torch.autograd.grad(model(x).sum(), [p for p in model.parameters() if p.requires_grad], create_graph=True)
+
+
+def arithmetic_plan(model: nn.Module, x: torch.Tensor, kind: type[Method]) -> Plan:
+    """By the method in every convolution without groups, norms by their batches, all of it learning."""
+    graph = et.trace(model, x)
+    taken = {call.name: (kind(),) for call in graph.layers("conv")
+             if call.geometry is not None and call.geometry.groups == 1 and kind().refuse(call) is None}
+    learns = {call.name: tuple(role for role in call.params if not role.startswith("running"))
+              for call in graph.layers()}
+    return Plan(input_shape=tuple(x.shape), layers=taken, learns=learns, norms="batch")
+
+
+@each_arithmetic
+def test_arithmetic_layers_learn_and_give_their_place_back(kind: type[Method]) -> None:
+    model, x = fresh()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    types = [type(m) for m in model.modules()]
+    plan = arithmetic_plan(model, x, kind)
+    model.train()
+    undo = et.apply(model, plan)
+    assert list(model.state_dict()) == list(before)
+    assert gradients(model, x).keys() == plan.learned()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    undo()
+    assert [type(m) for m in model.modules()] == types
+    assert list(model.state_dict()) == list(before)
+
+
+@each_arithmetic
+@pytest.mark.parametrize("net", NETS)
+def test_arithmetic_is_the_same_trained_copied_and_without_gradients(kind: type[Method], net: str) -> None:
+    model, x = fresh(net)
+    plan = arithmetic_plan(model, x, kind)
+    if not plan.layers:
+        pytest.skip("every convolution of this network has groups")
+    try:
+        et.apply(model, plan)
+    except Refusal as refusal:
+        assert refusal.way_out
+        pytest.skip(str(refusal))
+    twin = copy.deepcopy(model).eval()
+    model.eval()
+    with torch.no_grad():
+        assert torch.allclose(model(x), twin(x))
+        assert model(x[:1]).shape == (1, *model(x).shape[1:])
+    assert torch.allclose(model(x).detach(), twin(x).detach())

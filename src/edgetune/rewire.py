@@ -32,13 +32,15 @@ def rewire(model: nn.Module, graph: Graph, methods: Mapping[str, ArithmeticMetho
     Raises Refusal for a layer that is called twice, whose weight another layer shares, or that a method cannot take.
     """
     calls = _calls(model, graph, methods)
+    for name, method in methods.items():
+        if method.clips and not calls[name].followed:
+            raise Refusal(name, "lies inside a module that cannot be followed, so nobody knows what stands in front of "
+                          "its signs", "write that forward without data-dependent control flow, or exclude the layer "
+                          f"with --skip {name}")
     clips = {node for name, method in methods.items() if method.clips for node in _activations(graph, calls[name])}
     pools = {pool for name, method in methods.items() if method.clips for pool in _pools(graph, calls[name])}
     steps: list[Callable[[], None]] = []
     if clips or pools:
-        if not calls or any(not call.followed for call in calls.values()):
-            raise Refusal(min(methods), "lies in a network that cannot be followed, so activations in front of it "
-                          "cannot become clips", "write the network's forward without data-dependent control flow")
         steps.append(_reorder(model, clips, pools))
     for name, method in methods.items():
         steps.append(_swap(model, name, method, calls[name]))

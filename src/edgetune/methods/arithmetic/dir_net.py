@@ -58,8 +58,8 @@ def standardised(weight: torch.Tensor) -> torch.Tensor:
     """weight (o i u v), each filter with mean 0 and deviation 1; a filter of equal weights becomes 0."""
     centred = weight - weight.mean((1, 2, 3), keepdim=True)
     size = weight[0].numel() if len(weight) else 0
-    deviation = (centred.square().sum((1, 2, 3), keepdim=True) / max(size - 1, 1)).sqrt()
-    return centred / torch.where(deviation > 0, deviation, 1.0)
+    variance = centred.square().sum((1, 2, 3), keepdim=True) / max(size - 1, 1)
+    return centred / torch.where(variance > 0, variance, 1.0).sqrt()
 
 
 def shift_of(weight: torch.Tensor) -> torch.Tensor:
