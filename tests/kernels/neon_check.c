@@ -24,6 +24,13 @@ void et_bounded_encode_f32(const float *, uint8_t *, const I *, I *, I, float, f
 void et_bounded_decode_f32(const uint8_t *, I, float *, I *, I *, I, float, int);
 void et_grid_products_f32(const float *, const float *, const float *, const float *, const float *, float *, float *,
                           float *, const I *, int);
+void et_sign_pack_f32(const float *, uint64_t *, I, I, I, I, int, int);
+void et_sign_unpack_f32(const uint64_t *, float *, I, I, I, int);
+void et_arrange_filters_f32(const uint8_t *, uint8_t *, I, I, I, I, I, int);
+void et_binary_conv_f32(const uint8_t *, const uint8_t *, const float *, const float *, const float *, const int32_t *,
+                        const uint8_t *, float *, uint64_t *, void *, const I *, int);
+void et_bit_weight_conv_f32(const uint8_t *, const uint8_t *, const float *, const float *, const float *, float *,
+                            int32_t *, uint8_t *, const I *, int);
 
 enum { ROOM = 1 << 18 };
 static uint32_t state = 1;
@@ -140,6 +147,49 @@ static void check_bounded(float *x) {
     free(packed); free(back);
 }
 
+/* n h w, channels and filters of a group, groups, kernel, stride, pad, dilation, value of the border; batches cut in two. */
+static void check_binary(float *x, const uint8_t *bytes) {
+    static const I cases[][11] = {{1, 6, 7, 64, 64, 1, 3, 1, 1, 1, 0}, {2, 9, 8, 70, 33, 2, 3, 2, 1, 1, 1},
+                                  {3, 5, 5, 3, 100, 1, 5, 1, 2, 2, 0}, {2, 4, 9, 130, 70, 1, 1, 1, 0, 1, -1},
+                                  {1, 8, 8, 1, 1, 40, 3, 1, 1, 1, 0}, {1, 2, 2, 7300, 2, 1, 3, 1, 1, 1, 0}};
+    float *y = room();
+    uint8_t *scratch = room(), *flips = room();
+    uint64_t *bits = room(), *plain = room(), *filters = room(), *out = room();
+    int32_t *limits = room();
+    for (I i = 0; i < ROOM; i++) x[i] = value(), limits[i] = (int32_t)(next() >> 8) % 21 - 10, flips[i] = next() >> 8 & 1;
+    for (int k = 0; k < 6; k++) {
+        const I *s = cases[k], n = s[0], h = s[1], w = s[2], i = s[3], o = s[4], g = s[5], t = s[6], d = s[9];
+        I p = (h + 2 * s[8] - d * (t - 1) - 1) / s[7] + 1, q = (w + 2 * s[8] - d * (t - 1) - 1) / s[7] + 1;
+        I words = (i + 63) / 64, wide = (i + 7) / 8, next_groups = k % 2 ? g : 1, per_group = o * g / next_groups;
+        I outs = n * p * q * o * g, out_words = n * p * q * next_groups * ((per_group + 63) / 64);
+        et_sign_pack_f32(x, bits, n, i * g, h * w, g, k % 2, 2);
+        show("sign_pack", bits, n * h * w * g * words * 8);
+        et_sign_unpack_f32(bits, y, n * h * w, i * g, g, 2);
+        show("sign_unpack", y, n * h * w * i * g * sizeof *y);
+        et_sign_pack_f32(x + 777, plain, o * g, i, t * t, 1, 0, 2);
+        et_arrange_filters_f32((uint8_t *)plain, (uint8_t *)filters, o * g, g, t * t, words, wide, 2);
+        show("arrange_filters", filters, g * ((o + 31) / 32) * t * t * wide * 32);
+        I sizes[] = {n, h, w, p, q, i * g, o * g, t, t, s[7], s[7], s[8], s[8], s[8], s[8], d, d, g, s[10], per_group, 2};
+        for (I c = 0; c < outs; c++) y[c] = 0;
+        et_binary_conv_f32((uint8_t *)bits, (uint8_t *)filters, NULL, NULL, NULL, NULL, NULL, y, NULL, scratch, sizes, 2);
+        show("binary_conv", y, outs * sizeof *y);
+        et_binary_conv_f32((uint8_t *)bits, (uint8_t *)filters, NULL, NULL, NULL, limits, flips, NULL, out, scratch, sizes, 2);
+        show("binary_conv_sign", out, out_words * 8);
+        for (I c = 0; c < ROOM; c++) x[c] = (float)((int)(next() >> 8) % 33 - 16) / 16.0f;
+        et_binary_conv_f32((uint8_t *)bits, (uint8_t *)filters, x, x + 5000, x + 9000, NULL, NULL, y, out, scratch, sizes, 1);
+        show("binary_conv_both y", y, outs * sizeof *y);
+        show("binary_conv_both", out, out_words * 8);
+        sizes[18] = 128;
+        sizes[19] = 2;
+        et_bit_weight_conv_f32(bytes, (uint8_t *)filters, NULL, NULL, NULL, NULL, limits, scratch, sizes, 2);
+        show("bit_weight_conv", limits, outs * sizeof *limits);
+        et_bit_weight_conv_f32(bytes, (uint8_t *)filters, x, x + 5000, x + 9000, y, NULL, scratch, sizes, 2);
+        show("bit_weight_conv y", y, outs * sizeof *y);
+        for (I c = 0; c < ROOM; c++) x[c] = value(), limits[c] = (int32_t)(next() >> 8) % 21 - 10;
+    }
+    free(y); free(scratch); free(flips); free(bits); free(plain); free(filters); free(out); free(limits);
+}
+
 int main(void) {
     static const I shapes[][4] = {{2, 3, 7, 9}, {1, 16, 14, 14}, {2, 5, 9, 33}, {1, 70, 6, 21}, {1, 3, 40, 56}};
     static const I patches[][2] = {{1, 1}, {2, 2}, {4, 4}, {3, 3}, {2, 5}, {7, 9}, {20, 40}};
@@ -166,6 +216,7 @@ int main(void) {
     }
     check_groups(x, half);
     check_bounded(x);
+    check_binary(x, bits);
     float *y = room(), *gx = room();
     uint8_t *index = room();
     const I g[] = {2, 9, 15, 20, 8, 10, 3, 3, 2, 2, 1, 1, 1, 1};
