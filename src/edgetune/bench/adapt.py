@@ -17,6 +17,7 @@ from edgetune.bench.cells import Line, cell_key, kept_for_backward, pack_bits
 from edgetune.bench.photos import Split
 from edgetune.bench.timing import CLOCKS
 from edgetune.data.chance import permutation
+from edgetune.hosts.arithmetic import advance
 
 WARM_UP = 0.2
 LOOKED_AT = 128
@@ -30,7 +31,9 @@ def adapt(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
     source, labels, trainee = bench.source(), bench.photos().labels, trainee_of(bench, arm, train, seed)
     curve = _train(trainee, bench, train, rate, seed) if arm.trains else []
     # behind training, as bounds of what is kept may have followed it
+    trainee.model.train(trainee.live)
     kept = kept_for_backward(trainee.model, source.seen(train[:BATCH], 0))
+    trainee.model.eval()
     with torch.no_grad():
         logits = torch.cat([trainee.model(source.seen(part, None)) for part in _chunks(test, 100)])
     correct, loss = logits.argmax(1) == labels[test], F.cross_entropy(logits, labels[test])
@@ -65,10 +68,12 @@ def _train(trainee: Trainee, bench: Bench, train: Sequence[int], rate: float, se
         cycle_momentum=False,
     )
     now, history = CLOCKS[recipe.clock], list[Line]()
+    trainee.model.train(trainee.live)
     for epoch in range(epochs):
         order = [train[i] for i in permutation(len(train), "order", seed, epoch)]
         steps = []
-        for chosen in _chunks(order, BATCH):
+        for number, chosen in enumerate(_chunks(order, BATCH)):
+            advance(trainee.model, (epoch + number * BATCH / len(train)) / epochs)
             x, y, started = source.seen(chosen, epoch), labels[chosen], now()
             loss, norm = step(trainee, optimizer, x, y, recipe.clip)
             steps.append((loss, norm, 1000 * (now() - started)))
@@ -83,6 +88,7 @@ def _train(trainee: Trainee, bench: Bench, train: Sequence[int], rate: float, se
                 "step_ms": statistics.median(times),
             }
         )
+    advance(trainee.model, 1.0)
     return history
 
 
@@ -91,7 +97,7 @@ def step(
 ) -> tuple[float, float]:
     """One training step on x (n c h w), y (n): the loss, and the norm of the gradient before it is clipped."""
     optimizer.zero_grad()
-    loss = F.cross_entropy(trainee.model(x), y)
+    loss = F.cross_entropy(trainee.model(x), y) if trainee.loss is None else trainee.loss(x, y) / len(x)
     loss.backward()  # type: ignore[no-untyped-call]
     trainee.rescale(trainee.model)
     learned = [parameter for parameter in trainee.model.parameters() if parameter.requires_grad]

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from edgetune.apply import apply
-from edgetune.contract import KeptMethod, Method, Plan
+from edgetune.compress import recipe
+from edgetune.contract import ArithmeticMethod, KeptMethod, Method, Plan
+from edgetune.distil import Distil, distilled
 from edgetune.draft import held_by, last_layers
 from edgetune.frozen import front_of, install
 from edgetune.graph import Graph, trace
@@ -55,17 +57,34 @@ def leave(model: Any) -> None:
     """Gradients as they are."""
 
 
+def _adamw(model: nn.Module, rate: float, momentum: float, seed: int) -> torch.optim.Optimizer:
+    learned = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(learned, lr=rate, betas=(momentum, 0.999), weight_decay=WEIGHT_DECAY)
+
+
+def _decayed_sgd(model: nn.Module, rate: float, momentum: float, seed: int) -> torch.optim.Optimizer:
+    learned = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(learned, lr=rate, momentum=momentum, weight_decay=WEIGHT_DECAY)
+
+
+OPTIMIZERS = {"sgd": _decayed_sgd, "adamw": _adamw}
+WEIGHT_DECAY = 1e-4
+
+
 @dataclass(frozen=True)
 class Trainee:
     """A network that is ready to train: `rescale` comes after backward, `optimizer` takes (rate, momentum, seed).
 
-    `plan` is what was applied, where a bench asks for it.
+    `plan` is what was applied, where a bench asks for it. With `live` norms take the statistics of their batches in
+    training. `loss` takes (x, y) where it is more than the cross-entropy.
     """
 
     model: nn.Module
     rescale: Callable[[Any], None] = leave
     optimizer: Callable[[nn.Module, float, float, int], torch.optim.Optimizer] = _sgd
     plan: Plan | None = None
+    live: bool = False
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 Prepare = Callable[[nn.Module, torch.Tensor, torch.Tensor], Trainee]
@@ -110,6 +129,26 @@ def stock(count: int | None = None, scales: bool = True) -> Prepare:
             if parameter.dim() == 4:  # the layout in which stock convolutions are faster
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         return Trainee(model)
+
+    return prepare
+
+
+def unfrozen(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+    """The float network, all of it learning, norms by their batches: what arithmetic methods are compared with."""
+    return Trainee(model.requires_grad_(True), optimizer=_decayed_sgd, live=True)
+
+
+def arithmetic(method: ArithmeticMethod, distil: Distil | None = None) -> Prepare:
+    """Every convolution that the method does not spare by its numbers; `distil` from the network that it was."""
+
+    def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+        made, teacher = recipe(trace(model, x[:1]), method), copy.deepcopy(model)
+        apply(model, made.plan)
+        optimizer = OPTIMIZERS[made.settings.get("optimizer", "sgd")]
+        model.train()
+        loss = None if distil is None else distilled(model, teacher, distil, x)
+        model.eval()
+        return Trainee(model, optimizer=optimizer, plan=made.plan, live=True, loss=loss)
 
     return prepare
 

@@ -90,9 +90,11 @@ class Grid:
         return {**provenance(), "rows": rows}
 
     def _choose_rate(self, store: CellStore, bench: Bench, arm: Arm) -> None:
-        """Try every learning rate; waits for a process that is at one, as every cell needs the outcome."""
+        """Try every learning rate, where there are several; waits for a process that is at one, as every cell needs
+        the outcome."""
         tried = self._tried(bench.case, arm)
-        for rate in tried.rates or bench.case.rates:
+        rates = tried.rates or bench.case.rates
+        for rate in rates if len(rates) > 1 else ():
             cell = identity(bench, tried, None, rate)
             with store.locked(cell_key(cell), wait=True):
                 if not store.done(cell_key(cell)):
@@ -117,6 +119,9 @@ class Grid:
 
     def best_rate(self, lines: list[Line], bench: Bench, arm: Arm) -> float:
         """The learning rate with the lowest loss on the held-out photos, of those tried for this arm."""
+        rates = self._tried(bench.case, arm).rates or bench.case.rates
+        if len(rates) == 1:
+            return rates[0]
         wanted = self._tried(bench.case, arm).identity
         tried = [
             line

@@ -27,6 +27,7 @@ SUITES = {
     "cache": "epochs from cached features",
     "transfer": "accuracy after adapting",
     "training": "ways to train on a device side by side",
+    "arithmetic": "accuracy of networks of bits and of additions beside the float network",
     "budgets": "the planner beside single methods in the same memory",
     "codec": "codecs on the maps of networks in training",
     "ladder": "the memory of a training step, rung by rung",
