@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgetune.kernels import fallback, is_channels_last
 from edgetune.kernels.bounded_format import packed_size
-from kernels import binary_cases
+from kernels import adder_cases, binary_cases
 
 CASES_EACH = 60
 CHANNELS_LAST = torch.channels_last
@@ -190,7 +190,8 @@ MAKERS: dict[str, Callable[[random.Random], tuple[Any, ...]]] = {
                                      max_pool_backward, bounded_sizes, bounded_encode, bounded_decode,
                                      binary_cases.sign_pack, binary_cases.sign_unpack, binary_cases.arrange_filters,
                                      binary_cases.binary_conv, binary_cases.binary_conv_both,
-                                     binary_cases.binary_conv_sign, binary_cases.bit_weight_conv)}
+                                     binary_cases.binary_conv_sign, binary_cases.bit_weight_conv,
+                                     *adder_cases.ALL)}
 
 
 def cases(name: str, count: int = CASES_EACH) -> Iterator[tuple[int, tuple[Any, ...]]]:

@@ -190,6 +190,9 @@ static void check_binary(float *x, const uint8_t *bytes) {
     free(y); free(scratch); free(flips); free(bits); free(plain); free(filters); free(out); free(limits);
 }
 
+
+#include "neon_adder.h"
+
 int main(void) {
     static const I shapes[][4] = {{2, 3, 7, 9}, {1, 16, 14, 14}, {2, 5, 9, 33}, {1, 70, 6, 21}, {1, 3, 40, 56}};
     static const I patches[][2] = {{1, 1}, {2, 2}, {4, 4}, {3, 3}, {2, 5}, {7, 9}, {20, 40}};
@@ -209,6 +212,7 @@ int main(void) {
                 check_bf16(half, bits, shape[0], shape[1], shape[2], shape[3], patches[r][0], patches[r][1], last);
             }
     check_products(x);
+    check_adders(x, bits);
     for (I i = 0; i < ROOM; i++) {
         float fine = (float)(int)next() * (i % 1000 < 500 ? 1e-9f : 1e-42f);
         x[i] = i == 2000 ? __builtin_inff() : fine;

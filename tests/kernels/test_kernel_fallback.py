@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edgetune.kernels import fallback, is_channels_last
 from edgetune.kernels.geometry import memory_format
-from kernels import binary_reference, group_reference
+from kernels import binary_reference, group_reference, slow_adder
 from kernels.kernel_cases import MAKERS, as_tuple, cases
 from kernels.slow_bounded import slow_bounded_decode, slow_bounded_encode, slow_bounded_sizes
 
@@ -150,7 +150,7 @@ def _size(arguments: tuple[Any, ...]) -> int:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_fallback_equals_slow_loop(name: str) -> None:
-    tried, slow = 0, globals() | vars(group_reference) | vars(binary_reference)
+    tried, slow = 0, globals() | vars(group_reference) | vars(binary_reference) | vars(slow_adder)
     for seed, arguments in cases(name):
         if _size(arguments) > SLOWER.get(name, SMALL):
             continue

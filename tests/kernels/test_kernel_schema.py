@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetune import kernels
 from edgetune.errors import EdgetuneError
+from kernels import adder_cases
 from kernels.kernel_cases import MAKERS, call, cases
 
 
@@ -73,6 +74,7 @@ def test_modes_see_one_op() -> None:
     lambda: kernels.max_pool(torch.ones(1, 1, 4, 4), 3, 3, 1, 1, 2, 2, 1, 1, False),
     lambda: kernels.max_pool(torch.ones(1, 1, 2, 2), 3, 3, 1, 1, 0, 0, 1, 1, False),
     lambda: kernels.max_pool_backward(*torch.ones(2, 1, 1, 2, 2), 4, 4, 2, 2, 2, 2, 0, 0, 1, 1),
+    *adder_cases.WRONG,
 ])
 def test_wrong_arguments_are_refused_in_one_sentence(call: Any) -> None:
     with pytest.raises(EdgetuneError) as refusal:

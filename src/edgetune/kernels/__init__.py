@@ -31,6 +31,13 @@ from edgetune.kernels.ops import (
     sign_pack,
     sign_unpack,
 )
+from edgetune.kernels.ops_adder import (
+    adder_conv,
+    adder_conv_input_gradient,
+    adder_conv_u8,
+    adder_conv_u8_scaled,
+    adder_filters,
+)
 
 __all__ = [
     "BinaryLayer",
@@ -42,6 +49,11 @@ __all__ = [
     "binary_conv_sign",
     "binary_filters",
     "bit_weight_conv",
+    "adder_conv",
+    "adder_conv_input_gradient",
+    "adder_conv_u8",
+    "adder_conv_u8_scaled",
+    "adder_filters",
     "bits_count",
     "bounded_decode",
     "bounded_encode",

@@ -31,14 +31,15 @@ import torch
 from edgetune.record import Record
 
 SOURCES = Path(__file__).parent / "native"
-UNITS = ("threads.c", "float32.c", "bfloat16.c", "bounded.c", "binary.c")
+UNITS = ("threads.c", "float32.c", "bfloat16.c", "bounded.c", "binary.c", "adder.c")
 # NaN and infinity must pass through every kernel: nothing here may assume them away.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-ffp-contract=fast", "-w")
 COMPILE_SECONDS = 300
 OPS = ("patch_mean", "patch_spread", "mask_pack", "mask_apply", "mask_count", "bits_count",
        "masked_patch_mean", "grid_products", "group_pack", "group_unpack", "max_pool", "max_pool_backward",
        "bounded_sizes", "bounded_encode", "bounded_decode", "sign_pack", "sign_unpack", "arrange_filters",
-       "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv")
+       "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv", "adder_conv",
+       "adder_conv_input_gradient", "adder_filters", "adder_conv_u8", "adder_conv_u8_scaled")
 
 
 class Status(Record):

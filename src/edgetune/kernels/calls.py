@@ -33,6 +33,9 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "arrange_filters": (P, P, N, N, N, N, N),
     "binary_conv": (P, P, P, P, P, P, P, P, P, P, P),
     "bit_weight_conv": (P, P, P, P, P, P, P, P, P),
+    "adder_conv": (P, P, P, P, P),
+    "adder_conv_input_gradient": (P, P, P, P, P, P),
+    "adder_conv_u8": (P, P, P, P, P, P, P, P),
 }
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 

@@ -10,6 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgetune.kernels import chance
+from edgetune.kernels.fallback_adder import (
+    adder_conv,
+    adder_conv_input_gradient,
+    adder_conv_u8,
+    adder_conv_u8_scaled,
+    adder_filters,
+)
 from edgetune.kernels.fallback_binary import (
     arrange_filters,
     binary_conv,
@@ -34,7 +41,8 @@ from edgetune.kernels.geometry import (
     memory_format,
 )
 
-__all__ = ["arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv",
+__all__ = ["adder_conv", "adder_conv_input_gradient", "adder_conv_u8", "adder_conv_u8_scaled", "adder_filters",
+           "arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv",
            "bounded_decode", "bounded_encode", "bounded_sizes", "sign_pack", "sign_unpack"]
 
 

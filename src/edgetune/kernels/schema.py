@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from edgetune.kernels import fallback, meta, native
+from edgetune.kernels import fallback, fallback_adder, meta, meta_adder, native, native_adder
 
 Kernel = Callable[..., Any]
 
@@ -60,6 +60,19 @@ OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback,
     "binary_conv_sign": "(Tensor bits, Tensor filters, Tensor threshold, Tensor? flip, int next_groups, int[] layer) "
                         "-> Tensor",
     "bit_weight_conv": f"(Tensor x, Tensor filters, {_AFFINE}, int[] layer) -> Tensor",
+}.items()}
+
+_WINDOWS = "int[] stride, int[] pads, int[] dilation, int groups"
+
+OPS |= {name: Op(signature, getattr(meta_adder, name), getattr(fallback_adder, name), getattr(native_adder, name))
+        for name, signature in {
+    "adder_conv": f"(Tensor x, Tensor weight, {_WINDOWS}) -> Tensor",
+    "adder_conv_input_gradient": f"(Tensor gy, Tensor x, Tensor weight, {_WINDOWS}) -> Tensor",
+    "adder_filters": "(Tensor weight, int groups) -> Tensor",
+    "adder_conv_u8": f"(Tensor x, Tensor filters, int out_channels, int[] kernel, {_WINDOWS}, int pad_value) "
+                     "-> Tensor",
+    "adder_conv_u8_scaled": "(Tensor x, Tensor filters, Tensor scale, Tensor shift, Tensor? more, "
+                            f"int[] kernel, {_WINDOWS}, int pad_value) -> Tensor",
 }.items()}
 
 
