@@ -22,7 +22,8 @@ from edgetune.contract import (
 from edgetune.errors import Refusal
 from edgetune.graph import Call, Graph
 from edgetune.hosts.conv import conv_rule
-from edgetune.hosts.pointwise import exact_rule
+from edgetune.hosts.pointwise import exact_rule, takes_along
+from edgetune.hosts.runs import segment_of
 from edgetune.methods.backward.exact import Exact
 
 
@@ -45,6 +46,7 @@ def claim(graph: Graph, plan: Plan) -> list[Segment]:
             if not taken & {call.node for call in segment.calls}:
                 segments.append(segment)
                 taken |= {call.node for call in segment.calls}
+    following = dict(zip((call.node for call in frozen.calls), frozen.calls[1:], strict=False))
     for call in on_gradient_path(frozen, plan):
         if call.node in taken or graph.overwrites_for_others(call):
             continue
@@ -53,7 +55,11 @@ def claim(graph: Graph, plan: Plan) -> list[Segment]:
             assert isinstance(method, LayerMethod)
             segments.append(one_call(conv_rule(method, call), call))
         elif (rule := exact_rule(call)) is not None:
-            segments.append(one_call(rule, call))
+            behind = following.get(call.node)
+            along = behind is not None and behind.node not in taken and takes_along(call, behind)
+            run = (call, behind) if behind is not None and along else (call,)
+            taken |= {each.node for each in run}
+            segments.append(segment_of(run, rule))
     return segments
 
 

@@ -22,11 +22,35 @@ from edgetune.hosts.cursor import Passes, working_on
 
 def compiled(owner: object, graph: fx.Graph) -> Callable[..., Any]:
     """The graph's source code as a function of the model and the graph's inputs; `owner` is whose forward it is."""
-    source = graph.python_code("self")
+    source = _asking_once(graph).python_code("self")
     scope: dict[str, Any] = dict(source.globals)
     exec(compile(source.src, f"<edgetune forward of {type(owner).__name__}>", "exec"), scope)
     forward: Callable[..., Any] = scope["forward"]
     return forward
+
+
+def _asking_once(graph: fx.Graph) -> fx.Graph:
+    """The same graph, in which every submodule is looked up once: a path to each parameter costs more than a layer.
+
+    Tensors are still read where they are used, from the modules that are there in this very call.
+    """
+    copy, values, modules = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, fx.Node]()
+
+    def attribute(path: str) -> fx.Node:
+        owner, _, name = path.rpartition(".")
+        return copy.call_function(getattr, (module(owner), name)) if owner else copy.get_attr(name)
+
+    def module(path: str) -> fx.Node:
+        if path not in modules:
+            modules[path] = attribute(path)
+        return modules[path]
+
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            values[node] = attribute(str(node.target))
+        else:
+            values[node] = copy.node_copy(node, values.__getitem__)
+    return copy
 
 
 def fold(graph: fx.Graph, stretch: Stretch, members: Iterable[fx.Node], label: str) -> None:

@@ -13,6 +13,8 @@ typedef int64_t I;
     void et_patch_spread_##t(const type *, type *, I, I, I, I, I, I, int, int, int); \
     void et_mask_pack_##t(const type *, uint8_t *, float, float, I, int); \
     void et_mask_apply_##t(const type *, const uint8_t *, type *, I, int); \
+    void et_norm_backward_##t(const type *, const uint8_t *, const type *, const float *, const float *, const float *, \
+                              type *, float *, float *, float *, I, I, I, I, I, float, int); \
     void et_group_pack_##t(const type *, uint8_t *, I, int, I, I, int, int); \
     void et_max_pool_##t(const type *, type *, uint8_t *, const I *, int, int);
 DECLARE(float, f32)
@@ -55,6 +57,17 @@ static void plain_nans_bf16(uint16_t *x, I count) { for (I i = 0; i < count; i++
 #define SETTLE_f32(x, k) plain_nans(x, k)
 #define SETTLE_bf16(x, k) plain_nans_bf16(x, k)
 
+/* Scales and means of channels in quarters, and variances of 1: sums of sixteenths are whole. */
+static const float *of_channels(int kind) {
+    static float values[3][128];
+    for (int i = 0; i < 128; i++) {
+        values[0][i] = (float)(i % 9 - 4) / 4;
+        values[1][i] = (float)(i % 5 - 2) / 4;
+        values[2][i] = 1;
+    }
+    return values[kind];
+}
+
 #define CHECK(type, t) \
 static void check_##t(const type *x, const uint8_t *bits, I n, I c, I h, I w, I a, I b, int last) { \
     I p = (h + a - 1) / a, q = (w + b - 1) / b, all = n * c * h * w, cells = n * c * p * q; \
@@ -68,6 +81,13 @@ static void check_##t(const type *x, const uint8_t *bits, I n, I c, I h, I w, I 
     et_bits_count_##t(bits, bytes, n, c, h, w, a, b, last, 2); show("bits_count", bytes, cells * wide); \
     et_mask_pack_##t(x, bytes, -1, 2, all, 2); show("mask_pack", bytes, (all + 7) / 8); \
     et_mask_apply_##t(x, bits, out, all, 2); SETTLE_##t(out, all); show("mask_apply", out, all * sizeof *out); \
+    I pixels = h * w, each = last ? 32 : 0; \
+    float *gw = room(), *gb = room(), *scratch = room(); \
+    et_norm_backward_##t(x, bits, x + 3, of_channels(0), of_channels(1), of_channels(2), out, gw, gb, scratch, \
+                         n, c, pixels, each, (n * pixels + 31) / 32, 0, 2); \
+    SETTLE_##t(out, all); plain_nans(gw, c); plain_nans(gb, c); \
+    show("norm", out, all * sizeof *out); show("norm gw", gw, c * sizeof *gw); show("norm gb", gb, c * sizeof *gb); \
+    free(gw); free(gb); free(scratch); \
     I s = b < 3 ? b : 2, g[] = {n, c, h, w, (h + 2 - 3) / s + 1, (w + 2 - 3) / s + 1, 3, 3, s, s, 1, 1, 1, 1}; \
     I outs = n * c * g[4] * g[5]; \
     et_max_pool_##t(x, out, bytes, g, last, 2); SETTLE_##t(out, outs); \

@@ -27,7 +27,7 @@ def _cross_compiler() -> list[str] | None:
 def _answer(command: list[str], runner: list[str], program: Path, *flags: str) -> list[str]:
     sources = [str(build.SOURCES / unit) for unit in build.UNITS]
     kept = [flag for flag in build.FLAGS if flag not in ("-fPIC", "-shared", "-O3")]
-    subprocess.run([*command, *kept, *flags, "-o", str(program), str(DRIVER), *sources], check=True)
+    subprocess.run([*command, *kept, *flags, "-o", str(program), str(DRIVER), *sources, "-lm"], check=True)
     ran = subprocess.run([*runner, str(program)], check=True, capture_output=True, text=True)
     return ran.stdout.splitlines()
 

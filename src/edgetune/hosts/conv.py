@@ -12,6 +12,9 @@ from edgetune.contract import Kept, LayerMethod, Needs, Rule, Segment, Tensors
 from edgetune.graph import Call
 from edgetune.overlap import ConvGeometry
 
+# the overload itself: to look it up costs as much as a small layer
+_convolution_backward = torch.ops.aten.convolution_backward.default
+
 
 def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
              geometry: ConvGeometry) -> torch.Tensor:
@@ -65,8 +68,8 @@ def _few_pointwise(geometry: ConvGeometry) -> bool:
 def _backward(g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
               padding: tuple[int, int], wanted: tuple[bool, bool]) -> tuple[torch.Tensor, torch.Tensor]:
     # torch computes only what the mask asks for; the tensor that is not read may be a stand-in without memory
-    gx, gw, _ = torch.ops.aten.convolution_backward(g, x, weight, None, geometry.stride, padding, geometry.dilation,
-                                                    False, (0, 0), geometry.groups, (*wanted, False))
+    gx, gw, _ = _convolution_backward(g, x, weight, None, geometry.stride, padding, geometry.dilation,
+                                      False, (0, 0), geometry.groups, (*wanted, False))
     return gx, gw
 
 

@@ -10,7 +10,8 @@ import torch
 
 from edgetune.graph import Call
 
-Tensors = dict[str, torch.Tensor]
+Apart = tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]
+"""What a host finds again in backward: its parameters, and what its rule keeps."""
 
 _CURRENT: ContextVar[Call | None] = ContextVar("edgetune_current_call", default=None)
 _PASSES: ContextVar[Passes | None] = ContextVar("edgetune_passes", default=None)
@@ -45,7 +46,7 @@ class Passes:
 
     def __init__(self) -> None:
         self.first = True
-        self._kept: list[tuple[Tensors, Tensors] | None] = []
+        self._kept: list[Apart | None] = []
         self._at = 0
 
     @contextmanager
@@ -58,13 +59,13 @@ class Passes:
             self.first = False
             _PASSES.reset(token)
 
-    def place(self, given: tuple[Tensors, Tensors] | None) -> int:
+    def place(self, given: Apart | None) -> int:
         """The place of the host whose turn it is; `given` stays there until it is taken."""
         place, self._at = self._at, self._at + 1
         self._kept[place:place + 1] = [given]
         return place
 
-    def take(self, place: int) -> tuple[Tensors, Tensors]:
+    def take(self, place: int) -> Apart:
         """What the host at that place has kept. Raises RuntimeError where it has been taken already."""
         given, self._kept[place] = self._kept[place], None
         if given is None:

@@ -63,51 +63,61 @@ def slope(function: str, x: torch.Tensor) -> torch.Tensor:
 
 
 class NormRule:
-    """A norm with frozen statistics: exact, and keeps its input only when the scale learns."""
+    """A norm with frozen statistics, and the ReLU behind it where that is the segment's second call: exact.
+
+    Keeps its input only when the scale learns, and of a ReLU what `MaskRule` does.
+    """
 
     def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors, needs: Needs) -> Forward:
-        call, x = segment.calls[0], xs[0]
-        learns_scale = call.params.get("weight", "") in needs.params
-        return (normalise(call, x, params),), {"x": x} if learns_scale else {}
+        norm, x, masked = segment.calls[0], xs[0], segment.calls[1:]
+        y = normalise(norm, x, params)
+        kept = {"x": x} if norm.params.get("weight", "") in needs.params else {}
+        if masked:
+            y = activate(masked[0].function, y, in_place=True)
+            if needs.inputs[0] or needs.params:
+                kept |= mask_of(masked[0], y)
+        return (y,), kept
 
     def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
                  needs: Needs) -> Backward:
-        call, gy = segment.calls[0], gys[0]
-        if gy is None:
+        norm, g, x = segment.calls[0], gys[0], kept.get("x")
+        if g is None:
             return (None,), {}
-        weight, bias = call.params.get("weight", ""), call.params.get("bias", "")
-        if weight in needs.params:  # torch makes all three in one pass over the maps
-            wanted = (needs.inputs[0], True, bias in needs.params)
-            gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
-                gy, kept["x"], params[weight], params[call.params["running_mean"]], params[call.params["running_var"]],
-                None, None, False, eps(call), wanted)
-            return (gx if wanted[0] else None,), {weight: gw} | ({bias: gb} if wanted[2] else {})
-        grads: dict[str, torch.Tensor] = {}
-        if bias in needs.params:
-            grads[bias] = gy.sum((0, 2, 3), dtype=params[bias].dtype)
-        gx = gy * per_channel(norm_scale(call, params)).to(gy.dtype) if needs.inputs[0] else None
-        return (gx,), grads
+        bits = None
+        if len(segment.calls) > 1:
+            g, bits = in_mask_order(segment.calls[1], g, kept)
+        weight, bias = norm.params.get("weight", ""), norm.params.get("bias", "")
+        gx, gw, gb = kernels.norm_backward(g, bits, x, params.get(weight), params[norm.params["running_mean"]],
+                                           params[norm.params["running_var"]], eps(norm), needs.inputs[0])
+        grads = {name: own.to(params[name].dtype) for name, own in ((weight, gw), (bias, gb)) if name in needs.params}
+        return (gx if needs.inputs[0] else None,), grads
+
+
+def mask_of(call: Call, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The bits of what a ReLU gave, under the memory order that they follow, and its name."""
+    order = "channels_last" if kernels.is_channels_last(y) else "contiguous"
+    return {f"{order}:{call.node}": kernels.mask_pack(y, *MASKS[call.function])}
+
+
+def in_mask_order(call: Call, g: torch.Tensor, kept: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """g in the memory order of the bits that `mask_of` gave, and these."""
+    if (bits := kept.get(f"channels_last:{call.node}")) is not None:
+        return g.contiguous(memory_format=torch.channels_last), bits
+    return g.contiguous(), kept[f"contiguous:{call.node}"]
 
 
 class MaskRule:
     """ReLU, ReLU6 and the clip to -1 and 1: one bit a value, packed eight to a byte."""
 
     def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors, needs: Needs) -> Forward:
-        call, x = segment.calls[0], xs[0]
-        y = activate(call.function, x)
-        if not needs.inputs[0]:
-            return (y,), {}
-        # bits follow the memory order of what was packed; the name says which
-        order = "channels_last" if kernels.is_channels_last(y) else "contiguous"
-        return (y,), {order: kernels.mask_pack(y, *MASKS[call.function])}
+        call, y = segment.calls[0], activate(segment.calls[0].function, xs[0])
+        return (y,), mask_of(call, y) if needs.inputs[0] else {}
 
     def backward(self, segment: Segment, kept: Tensors, gys: Sequence[torch.Tensor | None], params: Tensors,
                  needs: Needs) -> Backward:
         if gys[0] is None or not needs.inputs[0]:
             return (None,), {}
-        ((order, bits),) = kept.items()
-        layout = torch.channels_last if order == "channels_last" else torch.contiguous_format
-        return (kernels.mask_apply(gys[0].contiguous(memory_format=layout), bits),), {}
+        return (kernels.mask_apply(*in_mask_order(segment.calls[0], gys[0], kept)),), {}
 
 
 class SmoothRule:
@@ -166,3 +176,12 @@ def exact_rule(call: Call) -> Rule | None:
         return MaskRule() if call.function in MASKS else SmoothRule() if call.function in SMOOTH else None
     table: dict[str, Rule] = {"norm": NormRule(), "max_pool": MaxPoolRule()}
     return table.get(call.kind)
+
+
+def takes_along(call: Call, behind: Call) -> bool:
+    """Whether the host of a norm takes the call right behind it as well: a ReLU that alone reads it.
+
+    With nothing in between, no border of a stretch can part them.
+    """
+    return (call.kind == "norm" and call.followed and call.consumers == (behind.node,)
+            and behind.kind == "activation" and behind.function in MASKS)

@@ -7,13 +7,13 @@ gradients, DistributedDataParallel and `needs_input_grad` work; nothing is compu
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from edgetune.contract import Needs, Segment
+from edgetune.contract import Needs, Segment, Tensors
 from edgetune.errors import Refusal
 from edgetune.hosts.cursor import current_passes, working_on
 
@@ -24,27 +24,23 @@ class SegmentFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, segment: Segment, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         first, behind = len(segment.inputs), len(segment.inputs) + len(segment.params)
-        xs, params = tensors[:first], dict(zip(segment.params, tensors[first:behind], strict=True))
-        # changed by later steps, so autograd must not watch over it; it is no part of what is kept for backward
-        ctx.state = dict(zip(segment.state, tensors[behind:], strict=True))
-        needs, ctx.passes = _needs(segment, ctx.needs_input_grad[1:]), current_passes()
-        if ctx.passes is not None and ctx.passes.first:
-            needs = Needs((False,) * first, frozenset())  # nothing is read of what the first pass keeps
+        xs, params = tensors[:first], tensors[first:behind]
+        # state is changed by later steps, so autograd must not watch over it; it is no part of what is kept
+        ctx.segment, ctx.state, ctx.passes = segment, tensors[behind:], current_passes()
+        needs = ctx.needs = _needs(first, segment.params, ctx.needs_input_grad[1 : behind + 1])
         working_on(segment.calls[0])
-        # what a rule differentiates on its way is its own affair
-        with nullcontext() if ctx.passes is None else saved_tensors_hooks(_as_it_is, _as_it_is):
-            ys, kept = segment.rule.forward(segment, xs, {**params, **ctx.state}, needs)
-        ctx.segment, ctx.kept_names = segment, tuple(kept)
-        # a view of an input handed out as an output would confuse autograd's bookkeeping
-        ys = tuple(y.view_as(y) if any(y is x for x in xs) else y for y in ys)
+        given = dict(zip((*segment.params, *segment.state), tensors[first:], strict=True))
         if ctx.passes is None:
-            ctx.save_for_backward(*params.values(), *kept.values())
+            ys, kept = segment.rule.forward(segment, xs, given, needs)
+            ctx.save_for_backward(*params, *kept.values())
+            ctx.kept_names = tuple(kept)
         else:
-            apart = (params, {name: tensor.detach() for name, tensor in kept.items()})
-            ctx.place = ctx.passes.place(None if ctx.passes.first else apart)
-            ctx.save_for_backward(ys[0].new_empty(0))  # backward asks for it, and so lets the stretch run again
-        # integers get no gradient, and need no zeros in its place
-        ctx.set_materialize_grads(all(y.is_floating_point() for y in ys))
+            ys = _one_pass(ctx, xs, params, given)
+        inputs = {id(x) for x in xs}
+        # a view of an input handed out as an output would confuse autograd's bookkeeping
+        ys = tuple([y.view_as(y) if id(y) in inputs else y for y in ys])
+        if not all([y.is_floating_point() for y in ys]):
+            ctx.set_materialize_grads(False)  # integers get no gradient, and need no zeros in its place
         return ys
 
     @staticmethod
@@ -53,25 +49,36 @@ class SegmentFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise Refusal(segment.name, "computes its own gradient, which cannot be differentiated again",
                           "call backward without create_graph=True, or undo the plan first")
-        saved = ctx.saved_tensors
+        saved, count = ctx.saved_tensors, len(segment.params)
         if ctx.passes is None:
-            params = dict(zip(segment.params, saved, strict=False))
-            kept = dict(zip(ctx.kept_names, saved[len(segment.params):], strict=True))
+            params, kept = saved[:count], dict(zip(ctx.kept_names, saved[count:], strict=True))
         else:
             params, kept = ctx.passes.take(ctx.place)
-        needs = _needs(segment, ctx.needs_input_grad[1:])
         working_on(segment.calls[-1])
-        gxs, grads = segment.rule.backward(segment, kept, gys, {**params, **ctx.state}, needs)
-        return (None, *gxs, *(grads.get(name) for name in segment.params), *(None for _ in segment.state))
+        given = dict(zip((*segment.params, *segment.state), (*params, *ctx.state), strict=True))
+        gxs, grads = segment.rule.backward(segment, kept, gys, given, ctx.needs)
+        return (None, *gxs, *[grads.get(name) for name in segment.params], *[None] * len(segment.state))
+
+
+def _one_pass(ctx: Any, xs: tuple[torch.Tensor, ...], params: tuple[torch.Tensor, ...],
+              given: Tensors) -> tuple[torch.Tensor, ...]:
+    """The outputs, where all is run twice: nothing is kept of the first pass, and nothing by autograd of the second."""
+    needs = Needs((False,) * len(xs), frozenset()) if ctx.passes.first else ctx.needs
+    with saved_tensors_hooks(_as_it_is, _as_it_is):  # what a rule differentiates on its way is its own affair
+        ys, kept = ctx.segment.rule.forward(ctx.segment, xs, given, needs)
+    apart = None if ctx.passes.first else (params, {name: tensor.detach() for name, tensor in kept.items()})
+    ctx.place = ctx.passes.place(apart)
+    ctx.save_for_backward(ys[0].new_empty(0))  # backward asks for it, and so lets the stretch run again
+    return ys
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _needs(segment: Segment, flags: tuple[bool, ...]) -> Needs:
-    split = len(segment.inputs)
-    return Needs(flags[:split], frozenset(n for n, flag in zip(segment.params, flags[split:], strict=False) if flag))
+@lru_cache(maxsize=4096)
+def _needs(inputs: int, params: tuple[str, ...], flags: tuple[bool, ...]) -> Needs:
+    return Needs(flags[:inputs], frozenset(name for name, flag in zip(params, flags[inputs:], strict=True) if flag))
 
 
 def runner(segment: Segment, label: str) -> Callable[..., Any]:
@@ -80,8 +87,10 @@ def runner(segment: Segment, label: str) -> Callable[..., Any]:
     `segment_behind` tells which segment such a function runs.
     """
 
+    @torch.compiler.disable
     def run(*tensors: torch.Tensor) -> Any:
-        return _opaque(segment, *tensors)
+        ys = SegmentFunction.apply(segment, *tensors)
+        return ys[0] if len(segment.outputs) == 1 else ys
 
     run.__name__ = run.__qualname__ = label
     run.__module__ = "edgetune.hosts.segment"
@@ -92,9 +101,3 @@ def runner(segment: Segment, label: str) -> Callable[..., Any]:
 def segment_behind(function: Any) -> Segment | None:
     """The segment that a function of `runner` runs; None for others."""
     return getattr(function, "__dict__", {}).get("segment")
-
-
-@torch.compiler.disable
-def _opaque(segment: Segment, *tensors: torch.Tensor) -> Any:
-    ys = SegmentFunction.apply(segment, *tensors)
-    return ys[0] if len(segment.outputs) == 1 else ys

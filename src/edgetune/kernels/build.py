@@ -36,9 +36,9 @@ UNITS = ("threads.c", "float32.c", "bfloat16.c", "bounded.c", "binary.c", "adder
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-ffp-contract=fast", "-w")
 COMPILE_SECONDS = 300
 OPS = ("patch_mean", "patch_spread", "mask_pack", "mask_apply", "mask_count", "bits_count",
-       "masked_patch_mean", "grid_products", "group_pack", "group_unpack", "max_pool", "max_pool_backward",
-       "bounded_sizes", "bounded_encode", "bounded_decode", "sign_pack", "sign_unpack", "arrange_filters",
-       "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv", "adder_conv",
+       "masked_patch_mean", "norm_backward", "grid_products", "group_pack", "group_unpack", "max_pool",
+       "max_pool_backward", "bounded_sizes", "bounded_encode", "bounded_decode", "sign_pack", "sign_unpack",
+       "arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv", "adder_conv",
        "adder_conv_input_gradient", "adder_filters", "adder_conv_u8", "adder_conv_u8_scaled")
 
 
@@ -123,7 +123,7 @@ def _compile(compiler: tuple[str, ...], target: Path) -> None:
     words = ""
     try:
         for extra in ((tune,), ()):
-            command = [*compiler, *FLAGS, *extra, "-o", temporary, *(str(SOURCES / unit) for unit in UNITS)]
+            command = [*compiler, *FLAGS, *extra, "-o", temporary, *(str(SOURCES / unit) for unit in UNITS), "-lm"]
             made = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS,
                                   check=False)
             if made.returncode == 0:

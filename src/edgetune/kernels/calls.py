@@ -20,6 +20,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "mask_count": (P, P, F, F, N, N, N, N, N, N, B),
     "bits_count": (P, P, N, N, N, N, N, N, B),
     "masked_patch_mean": (P, P, P, N, N, N, N, N, N, B),
+    "norm_backward": (P, P, P, P, P, P, P, P, P, P, N, N, N, N, N, F),
     "grid_products": (P, P, P, P, P, P, P, P, P),
     "group_pack": (P, P, N, B, N, N, B),
     "group_unpack": (P, P, N, B, N),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgetune.kernels import chance
+from edgetune.kernels import chance, meta
 from edgetune.kernels.fallback_adder import (
     adder_conv,
     adder_conv_input_gradient,
@@ -135,6 +135,22 @@ def bits_count(bits: Tensor, n: int, c: int, h: int, w: int, cell_h: int, cell_w
 
 def masked_patch_mean(g: Tensor, bits: Tensor, cell_h: int, cell_w: int) -> Tensor:
     return patch_mean(mask_apply(g, bits), cell_h, cell_w)
+
+
+def norm_backward(g: Tensor, bits: Tensor | None, x: Tensor | None, weight: Tensor | None, mean: Tensor, var: Tensor,
+                  eps: float, wants_input: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = meta.norm_backward(g, bits, x, weight, mean, var, eps, wants_input)
+    gx, gw, gb, scratch = outputs
+    scratch.zero_()
+    masked = dense(g) if bits is None else mask_apply(g, bits)
+    inverse = (_wide(var) + eps).rsqrt()
+    gb.copy_(masked.sum((0, 2, 3), dtype=gb.dtype))
+    if x is not None:
+        gw.copy_((masked * (_wide(x) - _wide(mean).view(-1, 1, 1))).sum((0, 2, 3)) * inverse)
+    if wants_input:
+        scale = inverse if weight is None else inverse * weight
+        gx.copy_(masked * scale.view(-1, 1, 1))
+    return outputs
 
 
 def grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, x: Tensor | None, w: Tensor,

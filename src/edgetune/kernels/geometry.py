@@ -47,6 +47,12 @@ def check_bits(bits: Tensor, elements: int) -> None:
                             f"belong to {elements} elements: give the uint8 tensor that mask_pack made")
 
 
+def row_blocks(rows: int) -> tuple[int, int]:
+    """Rows of each block whose sums are made by themselves, whoever makes them, and how many blocks that is."""
+    each = max(LEAST_ROWS, ceil_div(rows, MOST_BLOCKS))
+    return each, ceil_div(rows, each)
+
+
 def count_dtype(cell_h: int, cell_w: int) -> torch.dtype:
     """The narrowest type that holds a count of a cell's pixels."""
     return torch.uint8 if cell_h * cell_w <= 255 else torch.int32
@@ -86,6 +92,9 @@ class Groups(NamedTuple):
         head = packed[: 6 * scales].clone()  # numbers lie where numbers have to
         return head[: 4 * scales].view(torch.float32), head[4 * scales :].view(torch.bfloat16).float()
 
+
+LEAST_ROWS, MOST_BLOCKS = 32, 64
+"""How many rows norm_backward sums in one go, channels last, and how many such sums it holds."""
 
 BLOCK = 32
 """Elements of a group that draw chance and are written at once."""

@@ -23,6 +23,7 @@ from edgetune.kernels.geometry import (
     dense,
     is_channels_last,
     memory_format,
+    row_blocks,
 )
 from edgetune.kernels.meta_binary import (
     arrange_filters,
@@ -86,6 +87,25 @@ def bits_count(bits: Tensor, n: int, c: int, h: int, w: int, cell_h: int, cell_w
 def masked_patch_mean(g: Tensor, bits: Tensor, cell_h: int, cell_w: int) -> Tensor:
     check_bits(bits, g.numel())
     return _grid(g, cell_h, cell_w, g.dtype)
+
+
+def norm_backward(g: Tensor, bits: Tensor | None, x: Tensor | None, weight: Tensor | None, mean: Tensor, var: Tensor,
+                  eps: float, wants_input: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """gx, gw, gb and a scratch, handed out so that whoever counts memory sees it."""
+    n, c, h, w = expect(g, "n c h w")
+    if bits is not None:
+        check_bits(bits, g.numel())
+    if x is not None and x.shape != g.shape:
+        expect(x, "n c h w", n=n, c=c, h=h, w=w)
+    for values in (weight, mean, var):
+        if values is not None and values.shape != (c,):
+            expect(values, "c", c=c)
+    last = is_channels_last(g)
+    gx = torch.empty_like(g, memory_format=memory_format(last)) if wants_input else g.new_empty((0, 0, 0, 0))
+    wide = torch.promote_types(g.dtype, torch.float32)
+    gw, gb = g.new_empty(0 if x is None else c, dtype=wide), g.new_empty(c, dtype=wide)
+    _, blocks = row_blocks(n * h * w) if last else (0, 0)
+    return gx, gw, gb, g.new_empty((1 + 2 * blocks, c), dtype=wide)
 
 
 def grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, x: Tensor | None, w: Tensor,

@@ -13,7 +13,7 @@ from torch import Tensor, get_num_threads
 
 from edgetune.kernels.bounded_format import bound_of, broken, chunks_of, head_of, starts_of, steps_of, unfit_sizes
 from edgetune.kernels.calls import N, function
-from edgetune.kernels.geometry import is_channels_last
+from edgetune.kernels.geometry import is_channels_last, memory_format, row_blocks
 from edgetune.kernels.native_binary import (
     arrange_filters,
     binary_conv,
@@ -105,6 +105,28 @@ def masked_patch_mean(out: Tensor, g: Tensor, bits: Tensor, cell_h: int, cell_w:
     bits = bits.contiguous()
     run(g.data_ptr(), bits.data_ptr(), out.data_ptr(), *g.shape, cell_h, cell_w, last, get_num_threads())
     return True
+
+
+def norm_backward(out: tuple[Tensor, Tensor, Tensor, Tensor], g: Tensor, bits: Tensor | None, x: Tensor | None,
+                  weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, wants_input: bool) -> bool:
+    run = function("norm_backward", g.dtype)
+    if run is None or g.numel() == 0 or (x is not None and x.dtype != g.dtype):
+        return False
+    if not mean.dtype == var.dtype == (mean if weight is None else weight).dtype == torch.float32:
+        return False
+    g, last = _walked(g)
+    x = None if x is None else x.contiguous(memory_format=memory_format(last))
+    bits, weight, mean, var = _dense(bits), _dense(weight), mean.contiguous(), var.contiguous()
+    gx, gw, gb, scratch = out
+    n, c, h, w = g.shape
+    run(g.data_ptr(), _at(bits), _at(x), _at(weight), mean.data_ptr(), var.data_ptr(),
+        gx.data_ptr() if wants_input else None, gw.data_ptr(), gb.data_ptr(), scratch.data_ptr(), n, c, h * w,
+        *(row_blocks(n * h * w) if last else (0, 0)), eps, get_num_threads())
+    return True
+
+
+def _at(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
 
 
 def grid_products(out: tuple[Tensor, Tensor, Tensor], g: Tensor, to_input: Tensor | None, to_weight: Tensor | None,

@@ -24,6 +24,7 @@ _mask_apply = _ops.mask_apply.default
 _mask_count = _ops.mask_count.default
 _bits_count = _ops.bits_count.default
 _masked_patch_mean = _ops.masked_patch_mean.default
+_norm_backward = _ops.norm_backward.default
 _grid_products = _ops.grid_products.default
 _group_pack = _ops.group_pack.default
 _group_unpack = _ops.group_unpack.default
@@ -86,6 +87,18 @@ def bits_count(bits: Tensor, n: int, c: int, h: int, w: int, cell_h: int, cell_w
 def masked_patch_mean(g: Tensor, bits: Tensor, cell_h: int, cell_w: int) -> Tensor:
     """patch_mean(mask_apply(g, bits)) in one pass: the sum under the mask over the size of the whole cell."""
     return _masked_patch_mean(g, bits, cell_h, cell_w)
+
+
+def norm_backward(g: Tensor, bits: Tensor | None, x: Tensor | None, weight: Tensor | None, mean: Tensor, var: Tensor,
+                  eps: float, wants_input: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of a norm with frozen statistics, and of the mask behind it: gx (n c h w), gw (c) and gb (c).
+
+    g (n c h w) is the gradient behind the mask, in the memory order in which its `bits` were packed; None masks
+    nothing. gw is empty without the norm's input x (n c h w), gx where it is not wanted. weight, mean, var (c); sums
+    are float32, float64 for such g.
+    """
+    gx, gw, gb, _ = _norm_backward(g, bits, x, weight, mean, var, eps, wants_input)
+    return gx, gw, gb
 
 
 def grid_products(g: Tensor, to_input: Tensor | None, to_weight: Tensor | None, x: Tensor | None, w: Tensor,

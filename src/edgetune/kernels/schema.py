@@ -43,6 +43,8 @@ OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback,
     "bits_count": "(Tensor bits, SymInt n, SymInt c, SymInt h, SymInt w, int cell_h, int cell_w, "
                   "bool channels_last=False) -> Tensor",
     "masked_patch_mean": "(Tensor g, Tensor bits, int cell_h, int cell_w) -> Tensor",
+    "norm_backward": "(Tensor g, Tensor? bits, Tensor? x, Tensor? weight, Tensor mean, Tensor var, float eps, "
+                     "bool wants_input) -> (Tensor, Tensor, Tensor, Tensor)",
     "grid_products": "(Tensor g, Tensor? to_input, Tensor? to_weight, Tensor? x, Tensor w, SymInt groups, "
                      "bool wants_input, bool spread) -> (Tensor, Tensor, Tensor)",
     "group_pack": "(Tensor x, int bits, int group, int seed, bool stochastic=True) -> Tensor",

@@ -6,5 +6,6 @@
 #include "patch_spread.c"
 #include "mask_pack.c"
 #include "mask_apply.c"
+#include "norm_backward.c"
 #include "max_pool.c"
 #include "group_pack.c"
