@@ -23,7 +23,7 @@ def slow_sign_pack(x: Tensor, groups: int) -> Tensor:
 
 
 def slow_sign_unpack(bits: Tensor, channels: int, groups: int) -> Tensor:
-    _n, _h, _w, words = bits.shape
+    words = bits.shape[3]
     each = channels // groups
     planes = [bits[..., c // each * (words // groups) + c % each // 64] >> c % each % 64 & 1 for c in range(channels)]
     return (2 * torch.stack(planes, 1) - 1).double()

@@ -169,15 +169,15 @@ static void check_bounded(float *x) {
 
 /* n h w, channels and filters of a group, groups, kernel, stride, pad, dilation, value of the border; batches cut in two. */
 static void check_binary(float *x, const uint8_t *bytes) {
-    static const I cases[][11] = {{1, 6, 7, 64, 64, 1, 3, 1, 1, 1, 0}, {2, 9, 8, 70, 33, 2, 3, 2, 1, 1, 1},
+    static const I cases[7][11] = {{1, 6, 7, 64, 64, 1, 3, 1, 1, 1, 0}, {2, 9, 8, 70, 33, 2, 3, 2, 1, 1, 1},
                                   {3, 5, 5, 3, 100, 1, 5, 1, 2, 2, 0}, {2, 4, 9, 130, 70, 1, 1, 1, 0, 1, -1},
-                                  {1, 8, 8, 1, 1, 40, 3, 1, 1, 1, 0}, {1, 2, 2, 7300, 2, 1, 3, 1, 1, 1, 0}};
+                                  {1, 8, 8, 1, 1, 40, 3, 1, 1, 1, 0}, {2, 5, 9, 1, 1, 130, 5, 2, 2, 1, 1}, {1, 2, 2, 7300, 2, 1, 3, 1, 1, 1, 0}};
     float *y = room();
     uint8_t *scratch = room(), *flips = room();
     uint64_t *bits = room(), *plain = room(), *filters = room(), *out = room();
     int32_t *limits = room();
     for (I i = 0; i < ROOM; i++) x[i] = value(), limits[i] = (int32_t)(next() >> 8) % 21 - 10, flips[i] = next() >> 8 & 1;
-    for (int k = 0; k < 6; k++) {
+    for (int k = 0; k < 7; k++) {
         const I *s = cases[k], n = s[0], h = s[1], w = s[2], i = s[3], o = s[4], g = s[5], t = s[6], d = s[9];
         I p = (h + 2 * s[8] - d * (t - 1) - 1) / s[7] + 1, q = (w + 2 * s[8] - d * (t - 1) - 1) / s[7] + 1;
         I words = (i + 63) / 64, wide = (i + 7) / 8, next_groups = k % 2 ? g : 1, per_group = o * g / next_groups;

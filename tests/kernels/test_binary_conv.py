@@ -38,6 +38,8 @@ def _drawn(layer: BinaryLayer, n: int, h: int, w: int) -> tuple[Tensor, Tensor]:
     (BinaryLayer(7300, 33, 3, 3, 1, 1, 1, 1, 1, 1), (1, 3, 4)),  # counts of differences beyond 16 bits
     (BinaryLayer(3, 64, 7, 7, 2, 2, 3, 3, 3, 3), (2, 30, 31)),
     (BinaryLayer(64, 64, 3, 3, 1, 1, 1, 1, 1, 1, groups=64), (2, 20, 21)),
+    (BinaryLayer(130, 130, 5, 3, 2, 1, 2, 1, 2, 1, 1, 2, groups=130, pad_value=1), (1, 17, 16)),
+    (BinaryLayer(9, 9, 9, 9, 1, 1, 4, 4, 4, 4, groups=9), (1, 12, 12)),
     (BinaryLayer(96, 160, 5, 5, 1, 1, 2, 2, 2, 2, groups=2, pad_value=-1), (1, 9, 9)),
     (BinaryLayer(256, 65, 3, 3, 1, 1, 2, 2, 2, 2, 2, 2), (9, 24, 24)),  # more samples than are made ready at once
 ], ids=str)

@@ -9,7 +9,7 @@ group has whole blocks of filters and whole bytes of channels.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,9 @@ from edgetune.kernels.geometry import ceil_div
 WORD, LANES = 64, 32
 EXACT = 2**24
 """Dots below are exact as float32."""
+
+MOST_TAPS = 64
+"""Of a depthwise layer."""
 
 AT_ONCE = 2**19
 """Bytes of samples that are made ready at once, where one sample doesn't take more."""
@@ -66,6 +69,12 @@ class BinaryLayer(NamedTuple):
         return self.channels // self.groups * self.kernel_h * self.kernel_w
 
     @property
+    def is_depthwise(self) -> bool:
+        """Whether the native kernels take it as such, and need no scratch (native/depthwise.h)."""
+        single = self.channels == self.out_channels == self.groups
+        return single and self.kernel_h * self.kernel_w <= MOST_TAPS
+
+    @property
     def bytes_of_tap(self) -> int:
         """Bytes that a filter takes at one tap."""
         return ceil_div(self.channels // self.groups, 8)
@@ -100,6 +109,29 @@ class BinaryLayer(NamedTuple):
 _filter_shape = cache(BinaryLayer.filter_shape)
 
 
+@lru_cache(1024)
+def _out_shape(layer: BinaryLayer, bits: tuple[int, ...], filters: tuple[int, ...]) -> tuple[int, int, int, int] | None:
+    """What comes out where these are the shapes of the layer's bits and filters, else None."""
+    words = words_of(layer.channels, layer.groups)
+    if len(bits) != 4 or bits[3] != words or filters != _filter_shape(layer) or layer.pad_value not in (-1, 0, 1):
+        return None
+    return bits[0], layer.out_channels, *layer.out_size(bits[1], bits[2])
+
+
+def out_shape(layer: BinaryLayer, bits: Tensor, filters: Tensor) -> tuple[int, int, int, int]:
+    """What a convolution of bits gives: n o p q. Raises EdgetuneError where the three don't belong together."""
+    sizes = bits.shape
+    if bits.dtype == filters.dtype == torch.int64 and all(type(size) is int for size in (*sizes, *filters.shape)):
+        known = _out_shape(layer, sizes, filters.shape)  # every call pays for its checks; most are alike
+        if known is not None:
+            return known
+    if layer.pad_value not in (-1, 0, 1):
+        raise EdgetuneError(f"a border of {layer.pad_value} isn't made of bits: give pad_value -1, 0 or 1")
+    n, h, w = check_signs(bits, layer.channels, layer.groups)
+    layer.check_filters(filters)
+    return n, layer.out_channels, *layer.out_size(h, w)
+
+
 @cache
 def checked_layer(numbers: tuple[int, ...]) -> BinaryLayer:
     """The layer of these numbers. Raises EdgetuneError where there is none."""
@@ -132,16 +164,16 @@ def check_signs(bits: Tensor, channels: int, groups: int) -> tuple[int, int, int
     return n, h, w
 
 
-def check_per_channel(name: str, x: Tensor | None, dtype: torch.dtype, channels: int) -> None:
-    """Raises EdgetuneError unless x has a number of this type for every output channel, or is None."""
-    if x is not None and (x.dtype != dtype or tuple(x.shape) != (channels,)):
+def check_per_channel(name: str, x: Tensor, dtype: torch.dtype, channels: int) -> None:
+    """Raises EdgetuneError unless x has a number of this type for every output channel."""
+    if x.dtype != dtype or x.shape != (channels,):
         raise EdgetuneError(f"a {name} of shape {tuple(x.shape)} and type {x.dtype} doesn't belong to {channels} "
                             f"output channels: give {dtype} ({channels},)")
 
 
-def check_residual(x: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raises EdgetuneError unless x can be added to what comes out, or is None."""
-    if x is not None and (x.dtype != torch.float32 or tuple(x.shape) != shape):
+def check_residual(x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises EdgetuneError unless x can be added to what comes out."""
+    if x.dtype != torch.float32 or x.shape != shape:
         raise EdgetuneError(f"a residual of shape {tuple(x.shape)} and type {x.dtype} can't be added: give "
                             f"torch.float32 {shape}")
 

@@ -15,6 +15,7 @@ from edgetune.kernels.binary_format import (
     check_residual,
     check_signs,
     checked_layer,
+    out_shape,
     words_of,
 )
 
@@ -44,7 +45,7 @@ def arrange_filters(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
 
 def binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
                 layer: Sequence[int]) -> Tensor:
-    shape = _checked(bits, filters, checked_layer(tuple(layer)))
+    shape = out_shape(checked_layer(tuple(layer)), bits, filters)
     _check_affine(scale, shift, residual, shape)
     return _map(bits, *shape)
 
@@ -57,9 +58,10 @@ def binary_conv_both(bits: Tensor, filters: Tensor, scale: Tensor | None, shift:
 
 def binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None, next_groups: int,
                      layer: Sequence[int]) -> Tensor:
-    shape = _checked(bits, filters, checked_layer(tuple(layer)))
+    shape = out_shape(checked_layer(tuple(layer)), bits, filters)
     check_per_channel("threshold", threshold, torch.int32, shape[1])
-    check_per_channel("flip", flip, torch.bool, shape[1])
+    if flip is not None:
+        check_per_channel("flip", flip, torch.bool, shape[1])
     return _signs(bits, shape, next_groups)
 
 
@@ -71,6 +73,8 @@ def bit_weight_conv(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Ten
                             f"uint8 (n {which.channels} h w)")
     if not 0 <= which.pad_value <= 255:
         raise EdgetuneError(f"a border of {which.pad_value} isn't a byte: give pad_value 0 to 255")
+    if which.products * 255 >= 2**31:
+        raise EdgetuneError(f"a sum of {which.products} bytes doesn't fit int32: give less than {2**31 // 255} of them")
     which.check_filters(filters)
     shape = (x.shape[0], which.out_channels, *which.out_size(*x.shape[2:]))
     _check_affine(scale, shift, residual, shape)
@@ -78,19 +82,13 @@ def bit_weight_conv(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Ten
     return _map(x, *shape, dtype=torch.int32 if whole else torch.float32)
 
 
-def _checked(bits: Tensor, filters: Tensor, layer: BinaryLayer) -> tuple[int, int, int, int]:
-    """The shape of what a convolution of bits gives."""
-    if layer.pad_value not in (-1, 0, 1):
-        raise EdgetuneError(f"a border of {layer.pad_value} isn't made of bits: give pad_value -1, 0 or 1")
-    n, h, w = check_signs(bits, layer.channels, layer.groups)
-    layer.check_filters(filters)
-    return n, layer.out_channels, *layer.out_size(h, w)
-
-
 def _check_affine(scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, shape: tuple[int, ...]) -> None:
-    check_per_channel("scale", scale, torch.float32, shape[1])
-    check_per_channel("shift", shift, torch.float32, shape[1])
-    check_residual(residual, shape)
+    if scale is not None:
+        check_per_channel("scale", scale, torch.float32, shape[1])
+    if shift is not None:
+        check_per_channel("shift", shift, torch.float32, shape[1])
+    if residual is not None:
+        check_residual(residual, shape)
 
 
 def _map(like: Tensor, n: int, c: int, h: int, w: int, dtype: torch.dtype = torch.float32) -> Tensor:

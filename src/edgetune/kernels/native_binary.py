@@ -68,13 +68,14 @@ def _binary(out: tuple[Tensor | None, Tensor | None], factors: tuple[Tensor | No
     run = function("binary_conv", torch.float32)
     if run is None:
         return False
-    if any(t is not None and t.numel() == 0 for t in out):
-        return True
     n, h, w, _ = bits.shape
+    if n == 0 or filters.numel() == 0:
+        return True
     sizes, room = _bits_plan(n, h, w, tuple(layer), next_groups)
-    dense = [bits.contiguous(), filters.contiguous(), *map(_dense, factors), *out,
+    # held until the call is over: the pointers are all that it gets
+    dense = [bits.contiguous(), filters.contiguous(), *[None if t is None else _dense(t) for t in factors], *out,
              torch.empty(room, dtype=torch.uint8)]
-    run(*map(_pointer, dense), ctypes.addressof(sizes), get_num_threads())
+    run(*[None if t is None else t.data_ptr() for t in dense], ctypes.addressof(sizes), get_num_threads())
     return True
 
 
@@ -88,9 +89,10 @@ def bit_weight_conv(out: Tensor, x: Tensor, filters: Tensor, scale: Tensor | Non
     n, _, h, w = x.shape
     sizes, room = _bytes_plan(n, h, w, tuple(layer))
     outs = (None, out) if out.dtype == torch.int32 else (out, None)
-    dense = [x.contiguous(memory_format=_LAST), filters.contiguous(), *map(_dense, (scale, shift, residual)), *outs,
+    factors = [None if t is None else _dense(t) for t in (scale, shift, residual)]
+    dense = [x.contiguous(memory_format=_LAST), filters.contiguous(), *factors, *outs,
              torch.empty(room, dtype=torch.uint8)]
-    run(*map(_pointer, dense), ctypes.addressof(sizes), get_num_threads())
+    run(*[None if t is None else t.data_ptr() for t in dense], ctypes.addressof(sizes), get_num_threads())
     return True
 
 
@@ -115,16 +117,11 @@ def _bytes_plan(n: int, h: int, w: int, numbers: tuple[int, ...]) -> Plan:
 
 def _plan(n: int, h: int, w: int, layer: BinaryLayer, each: int, *more: int) -> Plan:
     """`each`: bytes of scratch of a sample; as many of them are made ready at once as fit AT_ONCE."""
-    at_once = min(n, max(1, AT_ONCE // each))
+    each = 0 if layer.is_depthwise else each
+    at_once = min(n, max(1, AT_ONCE // max(1, each)))
     numbers = (n, h, w, *layer.out_size(h, w), *layer, *more, at_once)
     return (N * len(numbers))(*numbers), at_once * each
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
-    if t is None:
-        return None
+def _dense(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=_LAST) if t.dim() == 4 else t.contiguous()
-
-
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()

@@ -2,7 +2,7 @@
  *
  * First the input is copied with its padding, channels filled up to whole bytes of bits; then items of a few pixels and
  * one block of filters are computed, a few channels of all pixels at a time, whose weights become bytes +1 and -1. */
-#include "binary.h"
+#include "depthwise.h"
 
 enum {
     PIXELS = 64,          /* of an item at most */
@@ -127,6 +127,18 @@ static inline v8 whole_floats(const int32_t *p) {
     return v8_load(lanes);
 }
 
+/* One pixel of the answer, `count` filters from `first` on. */
+static inline void put_sums(const byte_job *j, int64_t pixel, int64_t first, int64_t count, const int32_t *sums) {
+    int64_t at = pixel * j->a.filters + first;
+    if (j->sums != NULL) {
+        memcpy(j->sums + at, sums, (size_t)count * sizeof *sums);
+        return;
+    }
+    for (int64_t k = 0; k < count; k += 8)
+        part_store(j->a.y + at + k, affine(&j->a, whole_floats(sums + k), first + k, at + k, count - k),
+                   (int)least(8, count - k));
+}
+
 /* Items are (tile of pixels, group, block of filters). */
 static void byte_items(const void *job, int64_t begin, int64_t end) {
     const byte_job *j = job;
@@ -143,16 +155,24 @@ static void byte_items(const void *job, int64_t begin, int64_t end) {
                 + (group * j->columns + q * c->stride_w) * j->depth;
         }
         sum_tile(j, offsets, pixels, j->filters + (group * j->blocks + block) * block_bytes(c), sums);
-        for (int64_t n = 0; n < pixels; n++) {
-            int64_t at = (j->first_sample * c->p * c->q + first_pixel + n) * j->a.filters + first;
-            if (j->sums != NULL) {
-                memcpy(j->sums + at, sums + n * LANES, (size_t)count * sizeof *sums);
-                continue;
-            }
-            for (int64_t k = 0; k < count; k += 8)
-                part_store(j->a.y + at + k,
-                           affine(&j->a, whole_floats(sums + n * LANES + k), first + k, at + k, count - k),
-                           (int)least(8, count - k));
+        int64_t first_out = j->first_sample * c->p * c->q + first_pixel;
+        for (int64_t n = 0; n < pixels; n++) put_sums(j, first_out + n, first, count, sums + n * LANES);
+    }
+}
+
+/* Items are (sample, row, stripe of groups). */
+static void depthwise_bytes(const void *job, int64_t begin, int64_t end) {
+    const byte_job *j = job;
+    const convolution *c = &j->c;
+    int16_t w[MOST_TAPS][STRIPE];
+    int32_t sums[STRIPE];
+    for (int64_t item = begin; item < end; item++) {
+        int64_t first = item % j->blocks * STRIPE, row = item / j->blocks, count = least(STRIPE, c->groups - first);
+        for (int64_t t = 0; t < c->ku * c->kv; t++)
+            for (int64_t k = 0; k < count; k++) w[t][k] = tap_of(c, j->filters, first + k, t) ? 1 : -1;
+        for (int64_t q = 0; q < c->q; q++) {
+            byte_sums_of(c, j->x, (const int16_t (*)[STRIPE])w, row / c->p, row % c->p, q, first, count, sums);
+            put_sums(j, row * c->q + q, first, count, sums);
         }
     }
 }
@@ -166,6 +186,12 @@ void et_bit_weight_conv_f32(const uint8_t *x, const uint8_t *filters, const floa
     const convolution *c = &j.c;
     int64_t at_once = sizes[19];
     j.a = (answer){.scale = scale, .shift = shift, .residual = residual, .y = y, .filters = c->o * c->groups};
+    if (is_depthwise(c)) {
+        j.blocks = parts(c->groups, STRIPE);
+        et_parallel(depthwise_bytes, &j, c->n * c->p * j.blocks, c->n * c->p * c->q * c->groups * c->ku * c->kv,
+                    threads);
+        return;
+    }
     j.depth = 8 * c->bytes;
     j.rows = (c->p - 1) * c->stride_h + (c->ku - 1) * c->dil_h + 1;
     j.columns = (c->q - 1) * c->stride_w + (c->kv - 1) * c->dil_w + 1;
