@@ -6,17 +6,20 @@ their batches, with the settings that the method is trained by.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from edgetune.contract import ArithmeticMethod, Plan
 from edgetune.data import Dataset, batches
 from edgetune.errors import PlanError
-from edgetune.graph import Call, Graph, trace
+from edgetune.graph import Call, Graph, evaluating, trace
+from edgetune.hosts.arithmetic import arithmetic_layers
 from edgetune.run import Run, device_of
 from edgetune.train import train
 
@@ -55,6 +58,47 @@ def recipe(graph: Graph, method: ArithmeticMethod, skip: Collection[str] = (), t
               if (roles := tuple(role for role in call.params if not role.startswith("running")))}
     plan = Plan(input_shape=graph.input_shape, layers=layers, learns=learns, norms="batch")
     return Recipe(plan, spared, dict(method.recipe))
+
+
+def quantize_layers(model: nn.Module, method: ArithmeticMethod, batches: Sequence[torch.Tensor]) -> None:
+    """Let the arithmetic layers of a trained network compute by `method` from now on, without any training.
+
+    Settings are fitted to what each layer reads of `batches` x (n c h w), preprocessed, and norms are estimated anew.
+    Raises Refusal naming a layer that cannot take the method, PlanError where the network has no such layers.
+    """
+    layers = arithmetic_layers(model)
+    if not layers:
+        raise PlanError(f"the network has no layers that {method.method} could follow: compress it first")
+    read: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    hooks = [layer.register_forward_pre_hook(partial(_note, read[name])) for name, layer in layers.items()]
+    try:
+        with evaluating(model), torch.no_grad():
+            for x in batches:
+                model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, layer in layers.items():
+        layer.take(method.fitted(iter(read.pop(name))))
+    estimate_norms(model, batches)
+
+
+def _note(read: list[torch.Tensor], layer: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+    read.append(given[0])
+
+
+def estimate_norms(model: nn.Module, batches: Sequence[torch.Tensor]) -> None:
+    """Estimate the running statistics of all batch norms anew, as the means over `batches` x (n c h w)."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    before = [norm.momentum for norm in norms]
+    with evaluating(model), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True  # None: every batch counts alike
+        for x in batches:
+            model(x)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
 
 
 def _spared(call: Call, method: ArithmeticMethod, pictures: set[str], skip: Collection[str]) -> str | None:

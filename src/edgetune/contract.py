@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -275,6 +275,10 @@ class ArithmeticMethod(Method):
                  progress: torch.Tensor) -> torch.Tensor:
         """x (n c h w), weight (o i u v) -> y (n o p q), differentiable: the layer's answer but for its bias."""
         raise TypeError(f"method '{self.method}' declares no convolve")
+
+    def fitted(self, inputs: Iterator[torch.Tensor]) -> ArithmeticMethod:
+        """The same method, its settings fitted to what the layer reads, x (n c h w), batch by batch."""
+        return self
 
     @classmethod
     def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:

@@ -40,6 +40,10 @@ class ArithmeticConv2d(nn.Conv2d, ArithmeticLayer):
         y = self.method.convolve(x, self.weight, self.geometry.at(x.shape[2], x.shape[3]), self.progress)
         return y if self.bias is None else y + self.bias.view(1, -1, 1, 1)
 
+    def take(self, method: ArithmeticMethod) -> None:
+        """Compute by another method from now on, with the same parameters."""
+        self.method, self.method_name = method, method.method
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, method={self.method!r}"
 

@@ -1,0 +1,104 @@
+"""Adder layers in integers: clamps lose nothing, groups have their scales, kernels give what the formula says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgetune.contract import ArithmeticMethod
+from edgetune.hosts.adder import differences
+from edgetune.methods.arithmetic.quantized_adder import QuantizedAdder, beyond, clusters, redistribute
+from edgetune.overlap import ConvGeometry
+
+ONE = torch.ones(())
+
+
+def geometry(kernel: int = 3, stride: int = 1, pad: int = 1, dilation: int = 1) -> ConvGeometry:
+    return ConvGeometry(in_channels=5, out_channels=7, groups=1, in_hw=(8, 6), kernel=(kernel, kernel),
+                        stride=(stride, stride), dilation=(dilation, dilation), pads=(pad, pad, pad, 0))
+
+
+def operands(layer: ConvGeometry, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    x = 2 * torch.randn((2, 5, 8, 6), generator=source).relu()
+    return x, 1.5 * torch.randn((7, 5, *layer.kernel), generator=source)
+
+
+GEOMETRIES = [(3, 1, 1, 1), (1, 2, 0, 1), (3, 2, 2, 2)]
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.3, 1.0, 10.0]), st.sampled_from(GEOMETRIES))
+@settings(max_examples=25, deadline=None)
+def test_both_clamps_lose_nothing(seed: int, scale: float, how: tuple[int, int, int, int]) -> None:
+    layer = geometry(*how)
+    x, weight = (t.double() for t in operands(layer, seed))
+    bias = -(weight.abs() - scale).clamp(min=0).sum((1, 2, 3))
+    clamped = differences(x.clamp(max=scale), weight.clamp(-scale, scale), layer)
+    # inputs beyond a scale are only exact for weights within it
+    found = clamped + bias.view(-1, 1, 1) - beyond(x, scale, layer)[:, None]
+    reached = differences(x.clamp(max=scale), weight, layer)
+    assert torch.allclose(clamped + bias.view(-1, 1, 1), reached, atol=1e-9)
+    assert torch.allclose(found, differences(x, weight.clamp(-scale, scale), layer) + bias.view(-1, 1, 1), atol=1e-9)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 5, 6, 7, 8])
+def test_kernels_give_what_the_formula_says(bits: int, exact: bool) -> None:
+    layer = geometry(stride=2)
+    x, weight = operands(layer, bits)
+    method = QuantizedAdder(bits=bits, groups=3, range=1.7, exact=exact)
+    found = method.convolve(x, weight, layer, ONE).double()
+    for group in redistribute(weight, bits, 3, 1.7):
+        levels, step = 2**bits - 1, group.step
+        read = (x / step).round().clamp(0, levels).double()
+        assert group.steps.abs().max() <= 2 ** (bits - 1)
+        top, bottom, left, right = layer.pads
+        columns = F.unfold(F.pad(read, (left, right, top, bottom)), 3, stride=2)[:, None]
+        sums = (columns - 2 * group.steps.double().flatten(1)[None, :, :, None]).abs().sum(2)
+        expected = -step * sums + group.bias.double().view(1, -1, 1)
+        if exact:
+            expected = expected - beyond(x.double(), step * levels, layer).flatten(1)[:, None]
+        assert torch.allclose(found[:, group.members].flatten(2), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_more_bits_come_closer_and_the_exact_clamp_does_too() -> None:
+    layer = geometry()
+    x, weight = operands(layer, 1)
+    weight = 0.5 * weight
+    truth = differences(x, weight, layer)
+    errors = [float((QuantizedAdder(bits=b, range=9.0).convolve(x, weight, layer, ONE) - truth).abs().mean())
+              for b in (3, 5, 8)]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    methods = [QuantizedAdder(bits=7, range=0.8, exact=exact) for exact in (True, False)]
+    tight = [float((method.convolve(x, weight, layer, ONE) - truth).abs().mean()) for method in methods]
+    assert tight[0] < 0.2 * tight[1]
+
+
+def test_filters_of_like_range_share_a_scale() -> None:
+    values = torch.tensor([0.1, 5.0, 0.12, 5.2, 1.0, 0.11])
+    assert clusters(values, 3).tolist() == [0, 2, 0, 2, 1, 0]
+    assert len(clusters(torch.ones(4), 3).unique()) == 1
+    assert clusters(torch.zeros(0), 2).shape == (0,)
+    assert clusters(torch.tensor([1.0, 2.0]), 4).tolist() == [0, 1]
+
+
+def test_ranges_are_fitted_without_outliers() -> None:
+    x = torch.rand(1, 4, 100, 100)
+    x[0, 0, 0, 0] = 1000
+    found = QuantizedAdder().fitted(iter([x, 2 * torch.rand(1, 4, 100, 100)]))
+    assert 1.9 < found.range < 2.0
+    assert QuantizedAdder().fitted(iter([torch.zeros(1, 2, 3, 3)])).range == 1e-3
+    assert QuantizedAdder().fitted(iter([])) == QuantizedAdder()
+    same: ArithmeticMethod = ArithmeticMethod()
+    assert same.fitted(iter([x])) is same
+
+
+def test_gradients_are_the_adder_layers() -> None:
+    layer = geometry()
+    x, weight = (t.requires_grad_() for t in operands(layer, 4))
+    QuantizedAdder(bits=4).convolve(x, weight, layer, ONE).sum().backward()
+    assert x.grad is not None and x.grad.abs().max() <= 7 * 9
+    assert weight.grad is not None and weight.grad.isfinite().all() and bool(weight.grad.any())
