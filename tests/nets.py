@@ -154,5 +154,33 @@ class Untraceable(nn.Module):
         return self.head(x.mean((2, 3)) if float(x.mean()) > -1e9 else x)
 
 
+class SignedBlock(nn.Module):
+    """conv -> norm -> ReLU -> conv -> norm, added to the input, then ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.na, self.nb = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.nb(self.b(torch.relu(self.na(self.a(x))))))
+
+
+class Signed(nn.Module):
+    """Two residual blocks, and a plain pair of layers whose pool moves when the last layer reads signs."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.one, self.two = SignedBlock(), SignedBlock()
+        self.pair = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+                                  nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.pool, self.last, self.head = nn.MaxPool2d(2), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(self.pair(self.two(self.one(self.stem(x)))))
+        return self.head(torch.relu(self.last(x)).mean((2, 3)))
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     net.__name__: net for net in (Residual, Inverted, Stacked, Branching, Opaque, Untraceable)}

@@ -24,10 +24,10 @@ def test_every_public_name_is_there(name: str) -> None:
     assert getattr(et, name).__module__.startswith("edgetune")
 
 
-HIDDEN = ["apply", "plan", "profile", "train", "report"]
+HIDDEN = ["apply", "plan", "profile", "train", "compress", "report"]
 
 
-@pytest.mark.parametrize("first", ["", "et.apply, et.plan, et.profile, et.train, et.report"])
+@pytest.mark.parametrize("first", ["", "et.apply, et.plan, et.profile, et.train, et.compress, et.report"])
 def test_functions_are_not_hidden_by_their_modules(first: str) -> None:
     imports = "\n".join(f"import edgetune.{name}" for name in HIDDEN)
     told = run_python(

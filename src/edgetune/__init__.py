@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgetune.apply import Undo, apply
     from edgetune.cache import Cache
+    from edgetune.compress import compress
     from edgetune.contract import Plan
     from edgetune.data import Dataset, Preprocess, load_data
     from edgetune.errors import EdgetuneError
@@ -51,6 +52,7 @@ _HOMES = {
     "Run": "run",
     "hold": "hold",
     "train": "train",
+    "compress": "compress",
     "report": "report",
 }
 
@@ -69,6 +71,7 @@ __all__ = [
     "Undo",
     "hold",
     "train",
+    "compress",
     "Cache",
     "Run",
     "report",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,23 +43,24 @@ def costs_of(
     measured: bool = True,
     plain_measured: bool = True,
     update_as_it_comes: bool = False,
+    optimizer_copies: int = 1,
     memory_budget_bytes: int | None = None,
     step_budget_ms: float | None = None,
 ) -> Costs:
     """Predict and measure a training step on x (n c h w), y (n), by `plan` and by plain back-propagation.
 
     `model` has no plan applied, and stays as it is. Measuring the plain step (`plain_measured`) takes all the
-    memory that the plan is there to save. `update_as_it_comes` is as in the settings of a run. Raises PlanError or
-    Refusal when the plan does not fit.
+    memory that the plan is there to save. `update_as_it_comes` and `optimizer_copies` are as in the settings of
+    a run. Raises PlanError or Refusal when the plan does not fit.
     """
     micro = min(plan.micro_batch or len(x), len(x))
     plain_seen = None
-    predicted, planned_seen = _planned(model, plan, x, y, measured, update_as_it_comes)
+    step: dict[str, Any] = {"optimizer_copies": optimizer_copies, "update_as_it_comes": update_as_it_comes}
+    predicted, planned_seen = _planned(model, plan, x, y, measured, **step)
     plain = unrestrained(copy.deepcopy(model))
-    plain_predicted = profile(plain, x[:micro], update_as_it_comes=update_as_it_comes)
+    plain_predicted = profile(plain, x[:micro], **step)
     if measured and plain_measured:
-        plain_seen = measure(plain, x, y, micro_batch=micro, repeats=REPEATS,
-                             update_as_it_comes=update_as_it_comes)
+        plain_seen = measure(plain, x, y, micro_batch=micro, repeats=REPEATS, **step)
     return Costs(
         batch_size=len(x),
         micro_batch=micro,
@@ -72,23 +74,23 @@ def costs_of(
 
 
 def planned_again(
-    costs: Costs, model: nn.Module, plan: Plan, x: torch.Tensor, y: torch.Tensor, update_as_it_comes: bool
+    costs: Costs, model: nn.Module, plan: Plan, x: torch.Tensor, y: torch.Tensor, **step: Any
 ) -> Costs:
     """The same costs, but for the planned step: that is `model`'s as it is now."""
-    predicted, seen = _planned(model, plan, x, y, costs.planned_measured is not None, update_as_it_comes)
+    predicted, seen = _planned(model, plan, x, y, costs.planned_measured is not None, **step)
     return costs.model_copy(update={"planned_predicted": predicted, "planned_measured": seen})
 
 
 def _planned(
-    model: nn.Module, plan: Plan, x: torch.Tensor, y: torch.Tensor, measured: bool, update_as_it_comes: bool
+    model: nn.Module, plan: Plan, x: torch.Tensor, y: torch.Tensor, measured: bool, **step: Any
 ) -> tuple[Cost, Cost | None]:
-    predicted = profile(model, x, plan, update_as_it_comes=update_as_it_comes)
+    predicted = profile(model, x, plan, **step)
     if not measured:
         return predicted, None
     undo = apply(model, plan)
     try:
-        return predicted, measure(model, x, y, micro_batch=min(plan.micro_batch or len(x), len(x)), repeats=REPEATS,
-                                  update_as_it_comes=update_as_it_comes)
+        micro = min(plan.micro_batch or len(x), len(x))
+        return predicted, measure(model, x, y, micro_batch=micro, repeats=REPEATS, **step)
     finally:
         undo()
 

@@ -89,7 +89,7 @@ class Job:
     def _foresee_again(self, plan: Plan, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
         """The costs of the planned step, now that its network is in integers."""
         if self.run.costs is not None:
-            costs = planned_again(self.run.costs, self.model, plan, *batch, self.run.settings.update_as_it_comes)
+            costs = planned_again(self.run.costs, self.model, plan, *batch, **self.run.settings.step)
             self.run = self.run.model_copy(update={"costs": costs})
 
     def _write_first(self, front: Front | None, plain: State) -> None:

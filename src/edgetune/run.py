@@ -72,6 +72,12 @@ class Settings(Record):
     frozen_bits: Literal[8] | None = None
     distil: Distil | None = None
 
+    @property
+    def step(self) -> dict[str, Any]:
+        """What the costs of a step depend on, as `edgetune.costs` takes it."""
+        copies = 2 if self.optimizer == "adamw" else 1
+        return {"update_as_it_comes": self.update_as_it_comes, "optimizer_copies": copies}
+
     @field_validator("update_as_it_comes")
     @classmethod
     def _norm_is_not_asked_for(cls, early: bool, others: ValidationInfo) -> bool:

@@ -104,7 +104,7 @@ def train(
     before = evaluate(model, data.val, len(data.classes), batch_size).accuracy
     front = None if frozen_bits is None else integer_front(model, plan, _to_calibrate(data, model, settings))
     batch = _first_batch(data, model, settings)
-    costs = costs or costs_of(model, plan, *batch, plain_measured=baseline, update_as_it_comes=update_as_it_comes)
+    costs = costs or costs_of(model, plan, *batch, plain_measured=baseline, **settings.step)
     origin = None if weights is None else str(weights)
     run = Run(
         status="running",

@@ -41,3 +41,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.exit_code == 0, done.output
     return folder
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run on digits whose layers compute with signs."""
+    folder = tmp_path_factory.mktemp("runs") / "signs"
+    done = run_verb("compress", "--epochs", 1, "--limit", 20, "--skip", "features.5.0", "--out", folder)
+    assert done.exit_code == 0, done.output
+    return folder

@@ -11,8 +11,10 @@ from rich.table import Table
 
 from edgetune.cache import CacheUse
 from edgetune.cli.compare import _show
+from edgetune.cli.compress import layers_table
 from edgetune.cli.output import facts, table
 from edgetune.cli.tables import front_tables, reasons_facts, reasons_table, result_table
+from edgetune.compress import Weights
 from edgetune.costs import Costs
 from edgetune.data import Preprocess
 from edgetune.front import Front, Point
@@ -178,6 +180,16 @@ def test_compare(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], m
 
 def test_list() -> None:
     check("list", run_verb("list", width=120).stdout)
+
+
+def test_layers_of_a_compressed_network() -> None:
+    layers = (
+        Weights("conv1", 432, 32, "reads the pictures themselves"),
+        Weights("layer1.0.conv1", 2304, 1, None),
+        Weights("layer1.0.conv2", 2304, 1, None),
+        Weights("fc", 640, 32, "is a linear layer"),
+    )
+    check("layers", drawn(layers_table("xnor", layers)))
 
 
 def test_narrow_terminals_lose_nothing() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from edgetune.cli import bench, compare, doctor, explain, plan, predict, profile, quantize, report, train
+from edgetune.cli import bench, compare, compress, doctor, explain, plan, predict, profile, quantize, report, train
 from edgetune.cli import eval as eval_
 from edgetune.cli import list as list_
 from edgetune.cli.program import Program, Verb, examples, paragraphs
@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[Callable[..., None], tuple[tuple[str, str], ...]]] = {
     "predict": (predict.predict, predict.EXAMPLES),
     "compare": (compare.compare, compare.EXAMPLES),
     "report": (report.report, report.EXAMPLES),
+    "compress": (compress.compress, compress.EXAMPLES),
     "plan": (plan.plan, plan.EXAMPLES),
     "profile": (profile.profile, profile.EXAMPLES),
     "quantize": (quantize.quantize, quantize.EXAMPLES),

@@ -71,7 +71,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
         "model",
         "data",
         "layers that learn",
-        "gradients",
+        "methods",
         "epochs",
         "accuracy before",
         "accuracy after",

@@ -34,9 +34,17 @@ def _gather() -> dict[str, Any]:
         "models": {card.name: card.description for card in list_models()},
         "data": list_data(),
         "methods": {name: kind.explain().splitlines()[0] for name, kind in own.items()},
+        "arithmetic": [name for name, kind in own.items() if kind.family == "arithmetic"],
     }
 
 
 def _show(found: dict[str, Any]) -> None:
-    for title, verb in (("models", "--model"), ("data", "--data"), ("methods", "edgetune explain NAME")):
-        console().print(facts(f"{title} ({verb})", list(found[title].items())))
+    methods = found["methods"].items()
+    shown = {
+        "models (--model)": list(found["models"].items()),
+        "data (--data)": list(found["data"].items()),
+        "methods (edgetune explain NAME)": [pair for pair in methods if pair[0] not in found["arithmetic"]],
+        "arithmetic methods (edgetune compress --method)": [pair for pair in methods if pair[0] in found["arithmetic"]],
+    }
+    for title, pairs in shown.items():
+        console().print(facts(title, pairs))

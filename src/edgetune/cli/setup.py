@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,29 +82,37 @@ def one_batch(data: Dataset, batch_size: int, seed: int) -> tuple[torch.Tensor, 
     return next(batches(data.train, min(batch_size, len(data.train)), seed=seed))
 
 
-def method_named(name: str, **settings: Any) -> Method:
-    """A method with those of `settings` that are given. Raises PlanError for a setting that it does not take."""
+def built(kind: type[Method], settings: dict[str, Any], spelt: Callable[[str], str]) -> Method:
+    """A method with these settings, each `spelt` in messages as on the command line.
+
+    Raises PlanError naming a setting that it does not have, or a value that it does not take.
+    """
     from pydantic import ValidationError
 
-    from edgetune.cli.explain import find_method
     from edgetune.errors import PlanError
 
-    kind, given = find_method(name), {key: value for key, value in settings.items() if value is not None}
-    if strangers := sorted(set(given) - set(kind.model_fields)):
-        option = "--" + strangers[0].replace("_", "-")
+    if strangers := sorted(set(settings) - set(kind.model_fields)):
         raise PlanError(
-            f"method '{kind.method}' has no {option}: it takes "
-            f"{', '.join('--' + f.replace('_', '-') for f in kind.model_fields) or 'no settings'}"
+            f"method '{kind.method}' has no {spelt(strangers[0])}: it takes "
+            f"{', '.join(spelt(field) for field in kind.model_fields) or 'no settings'}"
         )
     try:
-        return kind(**given)
+        return kind(**settings)
     except ValidationError as failure:
         first = failure.errors()[0]
-        option = "--" + ".".join(map(str, first["loc"])).replace("_", "-")
+        option = spelt(".".join(map(str, first["loc"])))
         raise PlanError(
             f"{option} {first['input']} does not hold for method '{kind.method}' ({first['msg']}): "
             f"see `edgetune explain {kind.method}`"
         ) from failure
+
+
+def method_named(name: str, **settings: Any) -> Method:
+    """A method with those of `settings` that are given. Raises PlanError for a setting that it does not take."""
+    from edgetune.cli.explain import find_method
+
+    given = {key: value for key, value in settings.items() if value is not None}
+    return built(find_method(name), given, lambda field: "--" + field.replace("_", "-"))
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,8 @@ class Wish:
                 "--method, --patch-px, --taps, --last and --last-blocks make the plan by hand: leave out --memory and "
                 "--step-ms, which the planner would keep to"
             )
+        if self.method is not None:
+            _refuse_arithmetic(self.method)
         if self.last is not None and self.last_blocks is not None:
             raise PlanError("--last counts convolutions and --last-blocks blocks: give one of them")
         if self.scheme is not None and (planner or self.by_hand):
@@ -165,6 +175,16 @@ class Wish:
             raise BudgetError(
                 f"--step-ms {self.step_ms:g} leaves no time at all: give a positive number of milliseconds"
             )
+
+
+def _refuse_arithmetic(name: str) -> None:
+    from edgetune.cli.explain import find_method
+    from edgetune.errors import PlanError
+
+    kind = find_method(name)
+    if kind.family == "arithmetic":
+        raise PlanError(f"method '{kind.method}' changes the numbers that layers compute with, not how they learn: "
+                        f"use `edgetune compress --method {kind.method}`")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from edgetune.apply import trace_rewritten
+from edgetune.compress import weights_of
 from edgetune.contract import Plan
 from edgetune.errors import EdgetuneError
+from edgetune.graph import Graph
 from edgetune.record import atomic_write
-from edgetune.report.choices import LayerView, layer_views
+from edgetune.report.choices import layer_views
 from edgetune.report.page import Story, page
 from edgetune.run import PLAN, Run, build, read_run
 
@@ -28,14 +30,22 @@ def report(folder: str | Path, model: nn.Module | None = None) -> Path:
     """
     folder = Path(folder)
     run, plan = read_run(folder), Plan.load(folder / PLAN)
-    story = Story(folder=folder, run=run, plan=plan, views=_views(run, plan, model))
+    graph = _graph(run, plan, model)
+    story = Story(
+        folder=folder,
+        run=run,
+        plan=plan,
+        views=() if graph is None else layer_views(graph, plan),
+        weights=() if graph is None or not plan.arithmetic() else weights_of(graph, plan, {}),
+    )
     atomic_write(folder / REPORT, page(story).encode())
     return folder / REPORT
 
 
-def _views(run: Run, plan: Plan, model: nn.Module | None) -> tuple[LayerView, ...]:
+def _graph(run: Run, plan: Plan, model: nn.Module | None) -> Graph | None:
+    """The network as its run trained it; None where it cannot be built."""
     try:
         network = build(run) if model is None else model
-        return layer_views(trace_rewritten(network, plan, torch.zeros(1, *run.preprocess.shape)), plan)
+        return trace_rewritten(network, plan, torch.zeros(1, *run.preprocess.shape))
     except EdgetuneError:
-        return ()
+        return None

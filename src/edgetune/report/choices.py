@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from edgetune.contract import KeptMethod, Method, Plan
 from edgetune.graph import Call, Graph
 from edgetune.profile import Cost
+from edgetune.recognise import ARITHMETIC
 
 FROZEN, EXACT, OTHER = "frozen", "exact", "other"
 
@@ -59,7 +60,7 @@ def describe(method: Method | None, learns: tuple[str, ...]) -> Choice:
 
 def layer_views(graph: Graph, plan: Plan) -> tuple[LayerView, ...]:
     """Convolutions and linear layers in the order of execution, with what the plan says of them."""
-    shown = [call for call in graph.calls if call.kind in ("conv", "linear")]
+    shown = [call for call in graph.calls if call.kind in ("conv", "linear", ARITHMETIC)]
     return tuple(_view(number, call, plan) for number, call in enumerate(shown, 1))
 
 

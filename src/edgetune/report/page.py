@@ -9,24 +9,27 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+from edgetune.compress import Weights
 from edgetune.contract import Plan
 from edgetune.costs import Costs
 from edgetune.report.choices import LayerView, kept_by_layer
 from edgetune.report.figures import curves, memory_by_layer
 from edgetune.report.picture import colour_class, colour_classes, picture
 from edgetune.report.result import COLUMNS, percent, plain_accuracy, result_lines
-from edgetune.run import Run
+from edgetune.run import Run, Settings
 from edgetune.units import format_bytes, format_ms
 
 
 @dataclass(frozen=True)
 class Story:
-    """All that a page is made of; `views` is empty where a run's network cannot be built again."""
+    """All that a page is made of; `views` is empty where a run's network cannot be built again, `weights` also where
+    all of them are float32."""
 
     folder: Path
     run: Run
     plan: Plan
     views: tuple[LayerView, ...]
+    weights: tuple[Weights, ...] = ()
 
     @property
     def costs(self) -> Costs | None:
@@ -74,6 +77,12 @@ def lead(story: Story) -> str:
     if run.plain is not None and run.plain.accuracy is not None:
         said += f"; plain back-propagation through all layers reached {percent(run.plain.accuracy)}"
     said += "."
+    if story.weights:
+        taken = [each for each in story.weights if each.spared is None]
+        said += (
+            f" {len(taken)} of {len(story.weights)} layers compute by {_methods(story.plan)}: the network's weights, "
+            f"scales aside, are {format_bytes(_bits(story))} in place of {format_bytes(_floats(story))}."
+        )
     if costs is not None:
         ours = costs.planned_measured or costs.planned_predicted
         plain = costs.plain_measured or costs.plain_predicted
@@ -87,16 +96,31 @@ def lead(story: Story) -> str:
     return said
 
 
+def _methods(plan: Plan) -> str:
+    """The arithmetic methods of a plan, in words."""
+    return " and ".join(sorted({method.label for method in plan.arithmetic().values()}))
+
+
+def _bits(story: Story) -> int:
+    return sum(each.bytes for each in story.weights)
+
+
+def _floats(story: Story) -> int:
+    return sum(each.float_bytes for each in story.weights)
+
+
 def tiles(story: Story) -> str:
-    """The four numbers that matter, large."""
+    """The few numbers that matter, large."""
     run, costs = story.run, story.costs
     shown = [
         (
             "accuracy after",
             percent(run.accuracy_after),
-            f"before {percent(run.accuracy_before)}; plain {plain_accuracy(run)}",
+            f"before {percent(run.accuracy_before)}" + (f"; plain {plain_accuracy(run)}" if run.plain else ""),
         )
     ]
+    if story.weights:
+        shown.append(("weights, in bits", format_bytes(_bits(story)), f"float32 {format_bytes(_floats(story))}"))
     if costs is not None:
         ours = costs.planned_measured or costs.planned_predicted
         plain = costs.plain_measured or costs.plain_predicted
@@ -169,8 +193,8 @@ def network(story: Story) -> str:
     if not story.views:
         return ""
     note = (
-        "A block is a convolution or linear layer: as tall as its map, as wide as its channels, coloured by how its "
-        "gradient is computed. Striped ones learn nothing and only pass the gradient on."
+        "A block is a convolution or linear layer: as tall as its map, as wide as its channels, coloured by the "
+        "method of its gradient, or of its numbers. Striped ones learn nothing and only pass the gradient on."
     )
     micro = f" Pictures go through {story.plan.micro_batch} at a time." if story.plan.micro_batch else ""
     return (
@@ -198,7 +222,7 @@ def layer_table(story: Story) -> str:
         for view in story.views
     ]
     return html_table(
-        ("", "layer", "channels · map", "gradient", "learns", "kept", "plain keeps"), rows, left={1, 2, 3, 4}
+        ("", "layer", "channels · map", "method", "learns", "kept", "plain keeps"), rows, left={1, 2, 3, 4}
     )
 
 
@@ -231,13 +255,24 @@ def facts(story: Story) -> str:
         ("classes", f"{len(run.classes)}: {', '.join(run.classes[:12])}{', ...' if len(run.classes) > 12 else ''}"),
         (
             "training",
-            f"{settings.epochs} epochs, batch {settings.batch_size}, SGD, learning rate {settings.learning_rate:g}, "
-            f"momentum {settings.momentum:g}, weight decay {settings.weight_decay:g}, seed {settings.seed}",
+            f"{settings.epochs} epochs, batch {settings.batch_size}, {_OPTIMIZERS[settings.optimizer]}, "
+            f"learning rate {settings.learning_rate:g}, momentum {settings.momentum:g}, "
+            f"weight decay {settings.weight_decay:g}, seed {settings.seed}{_taught(settings)}",
         ),
         ("versions", ", ".join(f"{name} {version}" for name, version in run.versions.items())),
     ]
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs)
     return f'<h2>What it ran on</h2><dl class="facts">{items}</dl>'
+
+
+_OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
+
+
+def _taught(settings: Settings) -> str:
+    """What the float network taught, where it did."""
+    if settings.distil is None:
+        return ""
+    return f", distilled with features {settings.distil.features:g} and logits {settings.distil.logits:g}"
 
 
 def html_table(
