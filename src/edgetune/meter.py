@@ -23,6 +23,7 @@ from edgetune.contract import Segment
 from edgetune.graph import Graph, follow
 from edgetune.hosts.cursor import current_call, current_passes, working_on
 from edgetune.kernels import status
+from edgetune.kernels.binary_format import BinaryLayer
 from edgetune.kernels.calls import SUFFIX
 from edgetune.kernels.schema import OPS
 from edgetune.outcome import foreseen, tensors_in
@@ -235,12 +236,30 @@ def _grid_products(args: tuple[Any, ...], out: Any) -> int:
     return int(g.numel() * weight.shape[1]) * (int(wants_input) + int(x is not None))
 
 
+def _binary(args: tuple[Any, ...], out: Any) -> int:
+    """A product of two signs counts like any other; the last argument is the layer."""
+    y = out if isinstance(out, torch.Tensor) else out[0]
+    return int(y.numel()) * BinaryLayer(*args[-1]).products
+
+
+def _adder(args: tuple[Any, ...], out: Any) -> int:
+    """A difference that is added up counts like a product."""
+    return int(out.numel() * args[1][0].numel())
+
+
+def _adder_back(args: tuple[Any, ...], out: Any) -> int:
+    return int(args[0].numel() * args[2][0].numel())
+
+
 PRODUCTS: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
     aten.convolution.default: _convolution, aten.convolution_backward.default: _convolution_backward,
     aten.mm.default: _matrix(0), aten.bmm.default: _matrix(0), aten.mv.default: _matrix(0),
     aten.dot.default: _matrix(0), aten.addmm.default: _matrix(1), aten.baddbmm.default: _matrix(1),
     aten.addmv.default: _matrix(1),
-    torch.ops.edgetune.grid_products.default: _grid_products}
+    torch.ops.edgetune.grid_products.default: _grid_products,
+    torch.ops.edgetune.binary_conv.default: _binary, torch.ops.edgetune.binary_conv_both.default: _binary,
+    torch.ops.edgetune.bit_weight_conv.default: _binary,
+    torch.ops.edgetune.adder_conv.default: _adder, torch.ops.edgetune.adder_conv_input_gradient.default: _adder_back}
 """Multiply-accumulates of the operators that multiply and add up; elementwise work counts on neither side."""
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import edgetune as et
 from edgetune.apply import apply, rewrite
-from edgetune.contract import Plan
+from edgetune.contract import Method, Plan, known_methods
 from edgetune.hosts.arithmetic import advance
 from edgetune.hosts.binary import BinaryMethod, filled, signs_of, trimmed
 from edgetune.kernels import sign_pack
@@ -34,7 +34,7 @@ def layers(options: dict[str, Any], with_norm: bool, seed: int) -> tuple[nn.Modu
     return model, torch.randn(3, 6, 11, 9)
 
 
-def plan_of(method: BinaryMethod, with_norm: bool) -> Plan:
+def plan_of(method: Method, with_norm: bool) -> Plan:
     learns = {"1": ("weight",)} | ({"2": ("weight", "bias")} if with_norm else {})
     return Plan(input_shape=(1, 6, 11, 9), layers={"1": (method,)}, learns=learns, norms="batch")
 
@@ -145,3 +145,14 @@ def test_nothing_is_kept_or_computed_for_what_does_not_learn() -> None:
     apply(model, plan)
     F.mse_loss(model.train()(x), torch.zeros(3, 10, 11, 9)).backward()
     assert model[1].weight.grad is None and model[2].weight.grad is None and model[2].bias.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["xnor", "addernet"])
+def test_multiply_accumulates_count_alike_whatever_the_arithmetic(kind: str) -> None:
+    model, x = layers(GEOMETRIES[0], False, seed=6)
+    plan = plan_of(known_methods()[kind](), False)
+    forward = et.profile(model, x, None).forward_macs
+    cost = et.profile(model, x, plan)
+    assert forward == 3 * 10 * 11 * 9 * 6 * 9
+    assert cost.forward_macs == forward
+    assert cost.backward_macs == forward  # the weight's gradient alone: nothing in front of the layer learns
