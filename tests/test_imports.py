@@ -19,8 +19,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LINE = [
     "errors", "units", "shapes", "record", "kernels", "codecs", "overlap", "recognise", "graph", "blocks", "contract",
-    "hosts", "methods", "quantize", "fold", "route", "rewire", "claims", "apply", "allocator", "scratch", "outcome",
-    "meter", "update", "hold", "profile", "stopwatch", "draft", "alone", "calibrate", "knapsack", "prospect",
+    "hosts", "methods", "quantize", "fold", "route", "rewire", "packed", "claims", "apply", "allocator", "scratch",
+    "outcome", "meter", "update", "hold", "profile", "stopwatch", "draft", "alone", "calibrate", "knapsack", "prospect",
     "timeline", "cuts", "stretches", "plan", "reasons", "front", "sparse", "lowrank", "models", "data", "cache",
     "frozen", "costs", "distil", "run", "loop", "job", "train", "compress", "report", "bench", "doctor", "cli",
     "__main__",

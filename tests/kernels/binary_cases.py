@@ -70,19 +70,19 @@ def _filters(layer: BinaryLayer) -> Tensor:
     return fallback.arrange_filters(_plain_bits(layer), layer.channels, layer.groups)
 
 
-def _affine(chosen: random.Random, layer: BinaryLayer, shape: tuple[int, ...]) -> list[Tensor | None]:
+def _affine(chosen: random.Random, channels: int, shape: tuple[int, ...]) -> list[Tensor | None]:
     """Eighths, so that nothing is rounded and signs are right in every order of adding up."""
     def drawn(*size: int) -> Tensor | None:
         return _spread(torch.randint(-40, 40, size) / 8, chosen) if chosen.random() < 0.6 else None
 
-    return [drawn(layer.out_channels), drawn(layer.out_channels), drawn(*shape)]
+    return [drawn(channels), drawn(channels), drawn(*shape)]
 
 
 def _binary(chosen: random.Random) -> tuple[BinaryLayer, Tensor, Tensor, list[Tensor | None]]:
     layer, (n, h, w) = _drawn_layer(chosen, chosen.choice([-1, 0, 0, 1]))
     bits = fallback.sign_pack(torch.randn(n, layer.channels, h, w), layer.groups)
     shape = n, layer.out_channels, *layer.out_size(h, w)
-    return layer, _spread(bits, chosen), _filters(layer), _affine(chosen, layer, shape)
+    return layer, _spread(bits, chosen), _filters(layer), _affine(chosen, layer.out_channels, shape)
 
 
 def _next_groups(chosen: random.Random, layer: BinaryLayer) -> int:
@@ -108,8 +108,19 @@ def binary_conv_sign(chosen: random.Random) -> tuple[Any, ...]:
     return bits, filters, threshold, flip, _next_groups(chosen, layer), list(layer)
 
 
+def affine_clip(chosen: random.Random) -> tuple[Any, ...]:
+    x, groups = sign_pack(chosen)
+    x = (x.nan_to_num(0.5, 3.0, -3.0) * 64).round().float() / 64
+    gain, shift, residual = _affine(chosen, x.shape[1], tuple(x.shape))
+    if gain is None or shift is None:
+        gain = shift = None
+    whole = chosen.random() < 0.7
+    low, high = chosen.choice([(-1.0, 1.0), (0.0, float("inf")), (0.0, 6.0), (-float("inf"), float("inf"))])
+    return x, gain, shift, residual, low, high, whole, 0 if whole and chosen.random() < 0.4 else groups
+
+
 def bit_weight_conv(chosen: random.Random) -> tuple[Any, ...]:
     layer, (n, h, w) = _drawn_layer(chosen, chosen.choice([0, 128, 255]))
     x = torch.randint(0, 256, (n, layer.channels, h, w), dtype=torch.uint8)
-    affine = _affine(chosen, layer, (n, layer.out_channels, *layer.out_size(h, w)))
+    affine = _affine(chosen, layer.out_channels, (n, layer.out_channels, *layer.out_size(h, w)))
     return _spread(x, chosen), _filters(layer), *(affine if chosen.random() < 0.7 else [None] * 3), list(layer)

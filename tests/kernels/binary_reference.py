@@ -88,6 +88,12 @@ def slow_binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip
     return slow_sign_pack(reached - 0.5, next_groups)
 
 
+def slow_affine_clip(x: Tensor, gain: Tensor | None, shift: Tensor | None, residual: Tensor | None, low: float,
+                     high: float, whole: bool, groups: int) -> tuple[Tensor, Tensor]:
+    y, nothing = _affine(x.double(), gain, shift, residual).clamp(low, high), torch.zeros((0, 0, 0, 0)).double()
+    return y if whole else nothing, slow_sign_pack(y, groups) if groups else nothing
+
+
 def slow_bit_weight_conv(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
                          residual: Tensor | None, numbers: Sequence[int]) -> Tensor:
     return _affine(_conv(x.double(), filters, BinaryLayer(*numbers)), scale, shift, residual)

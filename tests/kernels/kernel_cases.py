@@ -203,7 +203,7 @@ MAKERS: dict[str, Callable[[random.Random], tuple[Any, ...]]] = {
                                      binary_cases.sign_pack, binary_cases.sign_unpack, binary_cases.arrange_filters,
                                      binary_cases.binary_conv, binary_cases.binary_conv_both,
                                      binary_cases.binary_conv_sign, binary_cases.bit_weight_conv,
-                                     *adder_cases.ALL)}
+                                     binary_cases.affine_clip, *adder_cases.ALL)}
 
 
 def cases(name: str, count: int = CASES_EACH) -> Iterator[tuple[int, tuple[Any, ...]]]:

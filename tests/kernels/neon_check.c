@@ -33,6 +33,8 @@ void et_binary_conv_f32(const uint8_t *, const uint8_t *, const float *, const f
                         const uint8_t *, float *, uint64_t *, void *, const I *, int);
 void et_bit_weight_conv_f32(const uint8_t *, const uint8_t *, const float *, const float *, const float *, float *,
                             int32_t *, uint8_t *, const I *, int);
+void et_affine_clip_f32(const float *, const float *, const float *, const float *, float, float, float *, uint64_t *,
+                        I, I, I, int);
 
 enum { ROOM = 1 << 18 };
 static uint32_t state = 1;
@@ -210,6 +212,22 @@ static void check_binary(float *x, const uint8_t *bytes) {
     free(y); free(scratch); free(flips); free(bits); free(plain); free(filters); free(out); free(limits);
 }
 
+/* pixels, channels, groups; with and without a norm and a residual. */
+static void check_clip(float *x) {
+    static const I cases[][3] = {{50, 64, 1}, {7, 70, 1}, {9, 3, 1}, {20, 130, 2}, {5, 200, 8}};
+    float *y = room();
+    uint64_t *bits = room();
+    for (I i = 0; i < ROOM; i++) x[i] = value();
+    for (int k = 0; k < 20; k++) {
+        I pixels = cases[k % 5][0], c = cases[k % 5][1], g = cases[k % 5][2], words = g * ((c / g + 63) / 64);
+        et_affine_clip_f32(x, k & 1 ? x + 7000 : NULL, k & 1 ? x + 8000 : NULL, k & 2 ? x + 9000 : NULL, -1, 1, y, bits,
+                           pixels, c, g, 2);
+        plain_nans(y, pixels * c);
+        show("affine_clip", y, pixels * c * sizeof *y);
+        show("affine_clip bits", bits, pixels * words * 8);
+    }
+    free(y); free(bits);
+}
 
 #include "neon_adder.h"
 
@@ -241,6 +259,7 @@ int main(void) {
     check_groups(x, half);
     check_bounded(x);
     check_binary(x, bits);
+    check_clip(x);
     float *y = room(), *gx = room();
     uint8_t *index = room();
     const I g[] = {2, 9, 15, 20, 8, 10, 3, 3, 2, 2, 1, 1, 1, 1};

@@ -8,6 +8,7 @@ from edgetune.kernels.filters import binary_filters, dense_bits, plain_bits, sig
 from edgetune.kernels.geometry import is_channels_last
 from edgetune.kernels.ops import (
     NAMES,
+    affine_clip,
     arrange_filters,
     binary_conv,
     binary_conv_both,
@@ -44,6 +45,7 @@ __all__ = [
     "BinaryLayer",
     "Status",
     "NAMES",
+    "affine_clip",
     "arrange_filters",
     "binary_conv",
     "binary_conv_both",

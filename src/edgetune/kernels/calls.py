@@ -34,6 +34,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "arrange_filters": (P, P, N, N, N, N, N),
     "binary_conv": (P, P, P, P, P, P, P, P, P, P, P),
     "bit_weight_conv": (P, P, P, P, P, P, P, P, P),
+    "affine_clip": (P, P, P, P, F, F, P, P, N, N, N),
     "adder_conv": (P, P, P, P, P),
     "adder_conv_input_gradient": (P, P, P, P, P, P),
     "adder_conv_u8": (P, P, P, P, P, P, P, P),

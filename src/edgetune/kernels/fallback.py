@@ -18,6 +18,7 @@ from edgetune.kernels.fallback_adder import (
     adder_filters,
 )
 from edgetune.kernels.fallback_binary import (
+    affine_clip,
     arrange_filters,
     binary_conv,
     binary_conv_both,
@@ -42,8 +43,8 @@ from edgetune.kernels.geometry import (
 )
 
 __all__ = ["adder_conv", "adder_conv_input_gradient", "adder_conv_u8", "adder_conv_u8_scaled", "adder_filters",
-           "arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv",
-           "bounded_decode", "bounded_encode", "bounded_sizes", "sign_pack", "sign_unpack"]
+           "affine_clip", "arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign",
+           "bit_weight_conv", "bounded_decode", "bounded_encode", "bounded_sizes", "sign_pack", "sign_unpack"]
 
 
 def _wide(x: Tensor) -> Tensor:

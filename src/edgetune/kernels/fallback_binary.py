@@ -116,6 +116,16 @@ def binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Ten
     return _packed(reached if flip is None else reached ^ flip[:, None, None], next_groups)
 
 
+def affine_clip(x: Tensor, gain: Tensor | None, shift: Tensor | None, residual: Tensor | None, low: float, high: float,
+                whole: bool, groups: int) -> tuple[Tensor, Tensor]:
+    if gain is not None:
+        nought = torch.zeros_like(gain)
+        x = F.batch_norm(x, nought, nought + 1, gain, shift, False, 0.0, 0.0)  # fused or not as torch's norms are here
+    x = (x if residual is None else x + residual).clamp(low, high)
+    return (x.contiguous(memory_format=torch.channels_last) if whole else x.new_empty((0, 0, 0, 0)),
+            sign_pack(x, groups) if groups else x.new_empty((0, 0, 0, 0), dtype=torch.int64))
+
+
 def bit_weight_conv(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
                     layer: Sequence[int]) -> Tensor:
     sums = _sums(x.double(), filters, BinaryLayer(*layer))

@@ -65,6 +65,25 @@ def binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Ten
     return _signs(bits, shape, next_groups)
 
 
+def affine_clip(x: Tensor, gain: Tensor | None, shift: Tensor | None, residual: Tensor | None, low: float, high: float,
+                whole: bool, groups: int) -> tuple[Tensor, Tensor]:
+    if x.dtype != torch.float32 or x.dim() != 4:
+        raise EdgetuneError(f"a tensor of shape {tuple(x.shape)} and type {x.dtype} isn't a map: give "
+                            "float32 (n c h w)")
+    if (gain is None) != (shift is None):
+        raise EdgetuneError("a gain without a shift, or the other way round: give both or neither")
+    if not whole and groups == 0:
+        raise EdgetuneError("neither values nor bits are wanted: ask for one of them")
+    n, c, h, w = x.shape
+    for name, factor in (("gain", gain), ("shift", shift)):
+        if factor is not None:
+            check_per_channel(name, factor, torch.float32, c)
+    if residual is not None:
+        check_residual(residual, (n, c, h, w))
+    bits = _signs(x, (n, c, h, w), groups) if groups else x.new_empty((0, 0, 0, 0), dtype=torch.int64)
+    return _map(x, *((n, c, h, w) if whole else (0, 0, 0, 0))), bits
+
+
 def bit_weight_conv(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
                     layer: Sequence[int]) -> Tensor:
     which = checked_layer(tuple(layer))

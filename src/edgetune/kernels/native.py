@@ -15,6 +15,7 @@ from edgetune.kernels.bounded_format import bound_of, broken, chunks_of, head_of
 from edgetune.kernels.calls import N, function
 from edgetune.kernels.geometry import is_channels_last, memory_format, row_blocks
 from edgetune.kernels.native_binary import (
+    affine_clip,
     arrange_filters,
     binary_conv,
     binary_conv_both,
@@ -24,8 +25,8 @@ from edgetune.kernels.native_binary import (
     sign_unpack,
 )
 
-__all__ = ["arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv", "sign_pack",
-           "sign_unpack"]
+__all__ = ["affine_clip", "arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign",
+           "bit_weight_conv", "sign_pack", "sign_unpack"]
 
 COUNTABLE = 2**24  # pixels of a cell: float32 counts stay exact below
 

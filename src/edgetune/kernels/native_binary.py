@@ -79,6 +79,20 @@ def _binary(out: tuple[Tensor | None, Tensor | None], factors: tuple[Tensor | No
     return True
 
 
+def affine_clip(out: tuple[Tensor, Tensor], x: Tensor, gain: Tensor | None, shift: Tensor | None,
+                residual: Tensor | None, low: float, high: float, whole: bool, groups: int) -> bool:
+    run = function("affine_clip", x.dtype)
+    if run is None:
+        return False
+    if x.numel() == 0:
+        return True
+    n, c, h, w = x.shape
+    dense, (y, bits) = [None if t is None else _dense(t) for t in (x, gain, shift, residual)], out
+    run(*[None if t is None else t.data_ptr() for t in dense], low, high, y.data_ptr() if whole else None,
+        bits.data_ptr() if groups else None, n * h * w, c, groups or 1, get_num_threads())
+    return True
+
+
 def bit_weight_conv(out: Tensor, x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
                     residual: Tensor | None, layer: Sequence[int]) -> bool:
     run = function("bit_weight_conv", torch.float32)

@@ -9,6 +9,8 @@ Wrong arguments raise EdgetuneError.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,7 @@ _binary_conv = _ops.binary_conv.default
 _binary_conv_both = _ops.binary_conv_both.default
 _binary_conv_sign = _ops.binary_conv_sign.default
 _bit_weight_conv = _ops.bit_weight_conv.default
+_affine_clip = _ops.affine_clip.default
 
 NAMES: tuple[str, ...] = tuple(_schema.OPS)
 
@@ -228,3 +231,15 @@ def bit_weight_conv(x: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tenso
     layer.pad_value, 0 to 255. Fastest where x lies channels last.
     """
     return _bit_weight_conv(x, filters, scale, shift, residual, layer)
+
+
+def affine_clip(x: Tensor, gain: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
+                low: float = -math.inf, high: float = math.inf, whole: bool = True,
+                groups: int = 0) -> tuple[Tensor | None, Tensor | None]:
+    """gain*x + shift, rounded once where the CPU fuses it, + residual, kept in [low, high]; and sign_pack of that.
+
+    x and residual float32 (n c h w), gain and shift (c), both or neither -> a map, channels last, with `whole`, and
+    bits in that many `groups` unless 0; what is not wanted is None. A NaN goes through.
+    """
+    y, bits = _affine_clip(x, gain, shift, residual, low, high, whole, groups)
+    return y if whole else None, bits if groups else None

@@ -61,6 +61,8 @@ OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback,
     "binary_conv_both": f"(Tensor bits, Tensor filters, {_AFFINE}, int next_groups, int[] layer) -> (Tensor, Tensor)",
     "binary_conv_sign": "(Tensor bits, Tensor filters, Tensor threshold, Tensor? flip, int next_groups, int[] layer) "
                         "-> Tensor",
+    "affine_clip": "(Tensor x, Tensor? gain, Tensor? shift, Tensor? residual, float low, float high, bool whole, "
+                   "int groups) -> (Tensor, Tensor)",
     "bit_weight_conv": f"(Tensor x, Tensor filters, {_AFFINE}, int[] layer) -> Tensor",
 }.items()}
 

@@ -76,14 +76,19 @@ def _only_reader(graph: Graph, call: Call, kind: str) -> Call | None:
     return reader
 
 
-def _refuse(graph: Graph, call: Call) -> None:
-    way_out = "replace the layer, or leave the network in float"
+def refuse_unfollowed(graph: Graph, call: Call) -> None:
+    """Refuse a call that does not stand in the dataflow, or changes what others read from there."""
     if not call.followed or call.kind == "opaque":
         why = graph.opaque.get(call.name) or graph.opaque.get("", "it lies inside such a module")
         raise Refusal(call.name, f"cannot be followed ({why})", "write its forward without data-dependent control flow")
     if call.in_place and any(call.inputs[0] in later.inputs for later in _after(graph, call)):
         raise Refusal(call.name, "changes in place what is read again later",
                       "write it out of place, `y = x + z` for `x += z`")
+
+
+def _refuse(graph: Graph, call: Call) -> None:
+    refuse_unfollowed(graph, call)
+    way_out = "replace the layer, or leave the network in float"
     if call.kind == INTEGERS:
         raise Refusal(call.name, "is in integers already", "quantize a network that was trained without --frozen-bits")
     if call.kind == "norm":

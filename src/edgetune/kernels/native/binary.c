@@ -2,3 +2,4 @@
 #include "sign_pack.c"
 #include "binary_conv.c"
 #include "bit_weight_conv.c"
+#include "affine_clip.c"
