@@ -16,9 +16,11 @@ from edgetune.distil import Distil
 from edgetune.errors import PlanError, Refusal, RunError
 from edgetune.graph import Graph, trace
 from edgetune.loop import Silent
+from edgetune.methods.arithmetic.addernet import AdderNet
 from edgetune.methods.arithmetic.dir_net import DIRNet
 from edgetune.methods.arithmetic.xnor import XNOR
-from edgetune.run import Interrupted, evaluate, load_run, read_run
+from edgetune.packed import Packed, PackedNetwork, rounded
+from edgetune.run import PACKED, Interrupted, evaluate, load_run, read_run
 from edgetune.train import resume
 from nets import Signed
 from stopping import Stop, few_digits
@@ -201,3 +203,21 @@ def test_a_recipe_can_be_followed_by_itself(model: nn.Module, data: Dataset, tmp
     plan = recipe(trace(model, torch.zeros(1, 1, 32, 32)), XNOR()).plan
     run = Recipe(plan, {}, {"learning_rate": 0.03}).follow(model, data, out=tmp_path / "run", **{**FEW, "epochs": 1})
     assert run.settings.learning_rate == 0.03 and run.settings.optimizer == "sgd" and not run.settings.baseline
+
+
+def test_a_binary_run_leaves_a_packed_network_with_the_same_answers(
+    data: Dataset, model: nn.Module, tmp_path: Path
+) -> None:
+    run = et.compress(model, data, XNOR(), out=tmp_path, **{**FEW, "epochs": 1})
+    file = tmp_path / PACKED
+    assert run.packed is not None and run.packed.file_bytes == file.stat().st_size
+    packed = PackedNetwork(Packed.load(file))
+    assert evaluate(packed, data.val, len(data.classes)).accuracy == run.packed.accuracy
+    trained, x = rounded(load_run(tmp_path).model), torch.stack([data.val[i][0] for i in range(8)])
+    with torch.no_grad():
+        assert torch.allclose(packed(x), trained(x), atol=1e-4)
+
+
+def test_a_run_without_binary_layers_leaves_none(data: Dataset, model: nn.Module, tmp_path: Path) -> None:
+    assert et.compress(model, data, AdderNet(), out=tmp_path, **{**FEW, "epochs": 1}).packed is None
+    assert not (tmp_path / PACKED).exists()

@@ -21,21 +21,26 @@ from edgetune.contract import Plan
 from edgetune.costs import planned_again, unrestrained
 from edgetune.data import Dataset
 from edgetune.distil import distilled
-from edgetune.errors import DivergedError, Refusal
+from edgetune.errors import DivergedError, ModelError, Refusal
 from edgetune.frozen import Front, has_front, install, remove
 from edgetune.graph import evaluating
+from edgetune.hosts.binary import BinaryMethod
 from edgetune.loop import Leg, Loss, Position, Progress
+from edgetune.packed import PackedNetwork, pack
 from edgetune.run import (
     FROZEN,
+    PACKED,
     PLAN,
     RUN,
     TEACHER,
     WEIGHTS,
     Interrupted,
+    PackedFile,
     Plain,
     Run,
     State,
     device_of,
+    evaluate,
     fill,
     read_tensors,
     sweep,
@@ -140,6 +145,7 @@ class Job:
                 f"{failure}: train anew with a --learning-rate below {rate:g}; "
                 f"the last good weights are in '{self.folder}'"
             ) from failure
+        self._pack()
         self.note(status="finished")
         for file in (self.folder / PLANNED, self.folder / PLAIN, *self.folder.glob(FILES)):
             if file.is_file():
@@ -147,6 +153,20 @@ class Job:
         if self.on_finish is not None:
             self.on_finish(self.folder, self.run)
         return self.run
+
+    def _pack(self) -> None:
+        """Leave the packed network beside the weights, where the plan has binary layers."""
+        if not any(isinstance(method, BinaryMethod) for method in self.plan.arithmetic().values()):
+            return
+        try:
+            packed = pack(copy.deepcopy(self.model).cpu(), self.plan.input_shape)
+        except (ModelError, Refusal) as reason:
+            self.progress.tell(f"there is no {PACKED}: {reason}")
+            return
+        packed.save(self.folder / PACKED)
+        classes, batch_size = len(self.data.classes), self.run.settings.batch_size
+        score = evaluate(PackedNetwork(packed), self.data.val, classes, batch_size)
+        self.note(packed=PackedFile(file_bytes=(self.folder / PACKED).stat().st_size, accuracy=score.accuracy))
 
     def _leg(self, model: nn.Module, checkpoint: str, saved: Callable[[Position], None]) -> Leg:
         settings = self.run.settings

@@ -5,6 +5,7 @@
     frozen.safetensors    the frozen part in integers, where the run has one (`edgetune.frozen`)
     teacher.safetensors   the float network that another learns from, where the run has one (`edgetune.distil`)
     weights.safetensors   the whole state_dict, the last good one
+    packed.safetensors    the network on bit kernels, where it has binary layers (`edgetune.packed`)
     *.checkpoint          all that going on needs, in one file, so that no two of its parts can disagree
 
 Every file is replaced whole or not at all.
@@ -41,7 +42,7 @@ from edgetune.models import head_classes, load_model, replace_head
 from edgetune.record import Record, atomic_write
 
 RUN, PLAN, WEIGHTS, FROZEN = "run.json", "plan.json", "weights.safetensors", "frozen.safetensors"
-TEACHER = "teacher.safetensors"
+TEACHER, PACKED = "teacher.safetensors", "packed.safetensors"
 State = dict[str, torch.Tensor]
 
 
@@ -124,9 +125,17 @@ class Plain(Record):
     epochs: tuple[Epoch, ...] = ()
 
 
+class PackedFile(Record):
+    """The packed network of a run: the size of its file, and its own accuracy (0..1) on the validation pictures."""
+
+    file_bytes: int
+    accuracy: float
+
+
 class Run(Record):
     """One training. `epochs` holds the curves, `versions` what it ran on, accuracies lie between 0 and 1;
-    `cached` is what the cache did for the planned training, `frozen` what became of the part in integers."""
+    `cached` is what the cache did for the planned training, `frozen` what became of the part in integers, `packed` what
+    came of binary layers."""
 
     status: Literal["running", "interrupted", "diverged", "finished"]
     started: str
@@ -144,6 +153,7 @@ class Run(Record):
     costs: Costs | None = None
     cached: CacheUse | None = None
     frozen: FrozenPart | None = None
+    packed: PackedFile | None = None
 
 
 def versions() -> dict[str, str]:
@@ -169,7 +179,7 @@ def fresh_folder(parent: str | Path, stem: str) -> Path:
 
 def sweep(folder: Path) -> None:
     """Remove what a kill in the middle of writing leaves behind: halves of files under hidden names."""
-    for name in (RUN, PLAN, WEIGHTS, FROZEN, TEACHER, "*.checkpoint"):
+    for name in (RUN, PLAN, WEIGHTS, FROZEN, TEACHER, PACKED, "*.checkpoint"):
         for half in folder.glob(f".{name}.*"):
             half.unlink(missing_ok=True)
 

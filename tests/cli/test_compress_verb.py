@@ -30,7 +30,7 @@ class TestCompress:
         assert rows["features.5.0"].split()[1:] == ["xnor", "20736", "81.0", "KiB", "2.5", "KiB"]
         assert "accuracy before" in done.stdout and "accuracy after" in done.stdout
         assert "xnor in 6 of 8 convolutions" in done.stderr
-        assert {"run.json", "plan.json", "weights.safetensors", "report.html"} == {
+        assert {"run.json", "plan.json", "weights.safetensors", "packed.safetensors", "report.html"} == {
             file.name for file in (tmp_path / "run").iterdir()}
 
     def test_tells_as_json(self, tmp_path: Path) -> None:

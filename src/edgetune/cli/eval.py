@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,10 +12,13 @@ from edgetune.cli.output import console, emit, table
 from edgetune.cli.program import say, shortened
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from edgetune.run import Score
 
 EXAMPLES = (
     ("edgetune eval runs/flowers", "the run's own validation pictures"),
+    ("edgetune eval runs/signs --packed", "the packed network of `edgetune compress`, on bit kernels"),
     ("edgetune eval runs/flowers --data more_photos --skip-bad-images", "other pictures of the same classes"),
 )
 
@@ -29,9 +33,15 @@ Data = Annotated[
 ]
 
 
+Packed = Annotated[
+    bool, typer.Option("--packed", help="Ask the packed network of a binary run, in place of the trained one.")
+]
+
+
 def evaluate(
     run: options.RunFolder,
     data: Data = None,
+    packed: Packed = False,
     batch_size: options.BatchSize = 32,
     skip_bad_images: options.SkipBadImages = False,
     limit: options.Limit = None,
@@ -56,7 +66,8 @@ def evaluate(
             data, loaded.preprocess, loaded.classes, skip_bad_images=skip_bad_images, limit=limit
         )
         source = data
-    score = score_of(loaded.model, pictures, len(loaded.classes), batch_size)
+    model = _packed(run) if packed else loaded.model
+    score = score_of(model, pictures, len(loaded.classes), batch_size)
     if skipped:
         say(f"{len(skipped)} unreadable pictures were left out: {shortened(skipped)}")
     emit(
@@ -64,6 +75,16 @@ def evaluate(
         lambda: _as_json(str(run), source, loaded.classes, score, skipped),
         lambda: _show(source, loaded.classes, score),
     )
+
+
+def _packed(run: Path) -> nn.Module:
+    from edgetune.errors import RunError
+    from edgetune.packed import Packed, PackedNetwork
+    from edgetune.run import PACKED
+
+    if not (run / PACKED).is_file():
+        raise RunError(f"'{run}' has no {PACKED}: only networks with binary layers have one, see `edgetune compress`")
+    return PackedNetwork(Packed.load(run / PACKED))
 
 
 def _as_json(run: str, source: str, classes: tuple[str, ...], score: Score, skipped: tuple[str, ...]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from edgetune.cache import CacheUse
 from edgetune.costs import Costs
 from edgetune.frozen import FrozenPart
 from edgetune.profile import Cost
-from edgetune.run import Run
+from edgetune.run import PackedFile, Run
 from edgetune.units import format_bytes, format_ms
 
 COLUMNS = ("", "this plan", "plain", "plain / plan")
@@ -43,6 +43,7 @@ def result_lines(run: Run) -> list[Line]:
     ]
     lines += [] if run.costs is None else cost_lines(run.costs)
     lines += [] if run.frozen is None else [frozen_line(run.frozen)]
+    lines += [] if run.packed is None else packed_lines(run.packed)
     return lines if run.cached is None else [*lines, *cache_lines(run.cached)]
 
 
@@ -50,6 +51,12 @@ def frozen_line(part: FrozenPart) -> Line:
     """What the frozen part takes in integers, and what it took."""
     sizes = f"{format_bytes(part.integer_bytes)} for {format_bytes(part.float_bytes)}"
     return Line("frozen part in int8", f"{sizes}, up to {part.layer}")
+
+
+def packed_lines(packed: PackedFile) -> list[Line]:
+    """What the packed network takes as a file, and what it knows."""
+    return [Line("accuracy, packed", percent(packed.accuracy)),
+            Line("packed file", format_bytes(packed.file_bytes))]
 
 
 def cache_lines(use: CacheUse) -> list[Line]:
