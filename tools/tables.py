@@ -167,7 +167,50 @@ def codec(where: Callable[[Row], bool]) -> Table:
     )
 
 
+def arithmetic(suite: str, where: Callable[[Row], bool]) -> Table:
+    """Convolutions by other arithmetic than float products."""
+    return Table(
+        suite=suite,
+        where=lambda row: "whole" not in row["case"] and where(row),
+        key=("case", "method", "batch", "threads"),
+        columns={
+            "layer": text("case"),
+            "method": text("method"),
+            "batch": text("batch"),
+            "threads": text("threads"),
+            "best float": number("baseline_ms", 3, " ms"),
+            "which": text("baseline"),
+            "this": number("method_ms", 3, " ms"),
+            "speedup": number("speedup", 1, "x"),
+            "over int8": number("int8_speedup", 1, "x"),
+            **({"over the float adder": number("adder_speedup", 1, "x")} if suite == "adder" else {}),
+            "G MAC/s": number("gmac_s", 0),
+        },
+    )
+
+
 TABLES = {
+    "binary": arithmetic("binary", lambda row: row["batch"] == 1 and row["method"].startswith("bits")),
+    "binary-other": arithmetic("binary", lambda row: row["batch"] == 1 and not row["method"].startswith("bits")),
+    "binary-batch": arithmetic("binary", lambda row: row["batch"] == 8 and row["method"] == "bits to floats"),
+    "binary-whole": Table(
+        suite="binary",
+        where=lambda row: "whole" in row["case"],
+        key=("case", "method", "batch", "threads"),
+        columns={
+            "network": text("case"),
+            "method": text("method"),
+            "batch": text("batch"),
+            "threads": text("threads"),
+            "contiguous": number("contiguous_ms", 1, " ms"),
+            "channels last": number("channels_last_ms", 1, " ms"),
+            "compiled": number("compiled_ms", 1, " ms"),
+            "packed": number("method_ms", 1, " ms"),
+            "to the best": number("speedup", 1, "x"),
+            "smaller file": number("ratio", 1, "x"),
+        },
+    ),
+    "adder": arithmetic("adder", lambda row: True),
     "layers": layers("mean"),
     "layers-grid": layers("grid"),
     "steps": steps(),

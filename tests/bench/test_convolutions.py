@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from edgetune.bench import adder, binary, timing
+from edgetune.bench import adder, binary, timing, whole
 from edgetune.bench.convolutions import RESNET18, Drawn, Shape
+from edgetune.methods.arithmetic.xnor import XNOR
 
 SHAPES = (
     Shape(network="tiny", in_channels=8, out_channels=12, size=6),
     Shape(network="tiny", in_channels=16, out_channels=16, size=5, kernel=1, stride=2),
 )
-SHORT = {"batches": (1, 2), "threads": (1,), "rounds": 1, "turn_ms": 0.0}
+SHORT: dict[str, Any] = {"batches": (1, 2), "threads": (1,), "rounds": 1, "turn_ms": 0.0}
 
 
 @pytest.mark.parametrize("suite", [binary, adder], ids=["binary", "adder"])
-def test_every_layer_and_method_has_a_row_whose_answer_is_exact(suite: object) -> None:
-    found = suite.run(suite.Options(shapes=SHAPES, **SHORT))  # type: ignore[attr-defined]
+def test_every_layer_and_method_has_a_row_whose_answer_is_exact(suite: Any) -> None:
+    alone = {"networks": ()} if suite is binary else {}
+    found = suite.run(suite.Options(shapes=SHAPES, **SHORT, **alone))
     rows = found["rows"]
     methods = {row["method"] for row in rows}
     assert len(rows) == len(methods) * len(SHAPES) * 2 and len(methods) >= 3
@@ -47,3 +51,10 @@ def test_layers_are_named_and_drawn_as_they_are() -> None:
 def test_quick_takes_one_round_of_small_layers() -> None:
     found: timing.Result = binary.run(binary.Options(shapes=(*SHAPES, RESNET18[0]), quick=True, threads=(1,)))
     assert {row["case"].split()[0] for row in found["rows"]} == {"tiny"}
+
+
+def test_a_whole_network_is_packed_small_and_answers_alike() -> None:
+    row = whole.measure(whole.Network(name="resnet20", size=32), XNOR(), batch=2, threads=1, rounds=1, clock="cpu",
+                        seed=0, compiles=False)
+    assert row["exact"] and row["ratio"] > 10 and row["speedup"] == row["baseline_ms"] / row["method_ms"]
+    assert row["baseline"] in ("contiguous", "channels last")

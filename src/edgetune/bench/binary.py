@@ -1,6 +1,6 @@
 """`edgetune bench binary`: convolutions of one bit a weight, layer by layer and as whole networks.
 
-A layer reads packed signs, as it does inside a packed network. "bits to floats" gives the affine float answer that a
+A whole network is packed (`bench.whole`). A layer reads packed signs, as it does inside a packed network. "bits to floats" gives the affine float answer that a
 shortcut needs, "bits to bits" the packed signs that the next layer reads, "floats to floats" packs a float map first.
 "8 bits to floats" reads 8-bit activations.
 """
@@ -13,15 +13,18 @@ import torch
 import torch.nn.functional as F
 
 from edgetune import kernels
-from edgetune.bench import timing
+from edgetune.bench import timing, whole
 from edgetune.bench.convolutions import Candidate, ConvolutionOptions, Drawn, measure
 from edgetune.hosts.binary import layer_of, signs_of
+from edgetune.methods.arithmetic.xnor import XNOR
 
 SPEEDUPS = ("speedup", "int8_speedup", "gmac_s")
 
 
 class Options(ConvolutionOptions):
-    """Which layers, how set, how long."""
+    """Which layers and which whole networks, how set, how long."""
+
+    networks: tuple[whole.Network, ...] = (whole.Network(name="resnet18", size=224),)
 
 
 def candidates(drawn: Drawn) -> Sequence[Candidate]:
@@ -68,8 +71,16 @@ def candidates(drawn: Drawn) -> Sequence[Candidate]:
 
 
 def run(options: Options | None = None, progress: Callable[[timing.Row], None] | None = None) -> timing.Result:
-    """Measure every layer; `progress` sees each row as soon as it is there."""
-    return timing.result(measure(candidates, options or Options(), progress))
+    """Measure every network and every layer; `progress` sees each row as soon as it is there."""
+    options, rows = options or Options(), list[timing.Row]()
+    for network in () if options.quick else options.networks:
+        for threads in options.threads:
+            for batch in options.batches:
+                rows.append(whole.measure(network, XNOR(), batch=batch, threads=threads, rounds=options.rounds,
+                                          clock=options.clock, seed=options.seed))
+                if progress is not None:
+                    progress(rows[-1])
+    return timing.result([*rows, *measure(candidates, options, progress)])
 
 
 def summarise(path: str) -> list[timing.Row]:
