@@ -37,7 +37,7 @@ class TestCompress:
         told = answer("compress", *QUICK, "--method", "dir-net", "--set", "t_max=2", "--set", "activations=false",
                       "--learning-rate", 0.03, "--distil-logits", 0.5, "--out", tmp_path / "run")
         assert told["folder"] == str(tmp_path / "run") and told["status"] == "finished"
-        assert (told["settings"]["learning_rate"], told["settings"]["optimizer"]) == (0.03, "sgd")
+        assert (told["settings"]["learning_rate"], told["settings"]["optimizer"]) == (0.03, "adamw")
         assert told["settings"]["distil"] == {"features": 0.0, "logits": 0.5}
         assert told["settings"]["epochs"] == 1 and told["plain"] is None
         layer = next(row for row in told["layers"] if row["layer"] == "features.4.0")

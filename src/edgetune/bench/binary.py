@@ -1,8 +1,8 @@
 """`edgetune bench binary`: convolutions of one bit a weight, layer by layer and as whole networks.
 
-A whole network is packed (`bench.whole`). A layer reads packed signs, as it does inside a packed network. "bits to floats" gives the affine float answer that a
-shortcut needs, "bits to bits" the packed signs that the next layer reads, "floats to floats" packs a float map first.
-"8 bits to floats" reads 8-bit activations.
+A whole network is packed (`bench.whole`). A layer reads packed signs, as it does inside one. "bits to floats" gives the
+affine float answer that a shortcut needs, "bits to bits" the packed signs that the next layer reads, "floats to floats"
+packs a float map first. "8 bits to floats" reads 8-bit activations.
 """
 
 from __future__ import annotations

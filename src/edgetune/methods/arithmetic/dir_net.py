@@ -87,7 +87,7 @@ class DIRNet(BinaryMethod):
     """Of one layer."""
 
     method = "dir_net"
-    recipe: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.1, "weight_decay": 1e-4}
+    recipe: ClassVar[Mapping[str, Any]] = {"optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 1e-4}
     straight_through: ClassVar[bool] = False
 
     t_min: float = Field(1e-3, gt=0, description="sharpness of the surrogate at the beginning")
