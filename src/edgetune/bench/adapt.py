@@ -26,10 +26,22 @@ LOOKED_AT = 128
 
 def adapt(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
     """Train on one split and test: accuracy, right or wrong by photo, curve, bytes kept, seconds."""
+    started = time.perf_counter()
+    trainee, curve = trained(bench, arm, split, rate, seed)
+    found = tested(trainee, bench, split)
+    return {**found, "curve": curve, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def trained(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> tuple[Trainee, list[Line]]:
+    """The network of an arm after its training, and the curve of that."""
     torch.manual_seed(seed)
-    started, (train, test) = time.perf_counter(), split
-    source, labels, trainee = bench.source(), bench.photos().labels, trainee_of(bench, arm, train, seed)
-    curve = _train(trainee, bench, train, rate, seed) if arm.trains else []
+    trainee = trainee_of(bench, arm, split[0], seed)
+    return trainee, _train(trainee, bench, split[0], rate, seed) if arm.trains else []
+
+
+def tested(trainee: Trainee, bench: Bench, split: Split) -> Line:
+    """Accuracy and loss on the test part, right or wrong by photo, and the bytes that a batch of the other keeps."""
+    source, labels, (train, test) = bench.source(), bench.photos().labels, split
     # behind training, as bounds of what is kept may have followed it
     trainee.model.train(trainee.live)
     kept = kept_for_backward(trainee.model, source.seen(train[:BATCH], 0))
@@ -43,9 +55,7 @@ def adapt(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
         "correct": pack_bits(correct),
         "tested": len(test),
         "test_set": cell_key({"photos": test}),
-        "curve": curve,
         "kept_bytes": kept,
-        "seconds": round(time.perf_counter() - started, 1),
     }
 
 

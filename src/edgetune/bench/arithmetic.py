@@ -2,24 +2,32 @@
 
 CIFAR-10, three seeds. Every arm starts from the same float weights and sees the same batches; the recipe is that of the
 default grid, far shorter than the published ones (400 epochs on all 50 000 pictures), and stands in every line. A
-learning rate is the method's own; the first convolution, shortcuts and the head stay in float.
+learning rate is the method's own; the first convolution, shortcuts and the head stay in float. Adder networks in few
+bits are the trained adder network of the same seed, whose ranges and norms are then fitted to training pictures.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgetune.bench.adapt import adapt
-from edgetune.bench.arms import Arm, Prepare, arithmetic, unfrozen
-from edgetune.bench.cases import Case, Recipe, Start, found
+from safetensors.torch import load_file, save_file
+
+from edgetune.bench.adapt import adapt, tested, trained, trainee_of
+from edgetune.bench.arms import BATCH, Arm, Prepare, arithmetic, unfrozen
+from edgetune.bench.cases import Bench, Case, Recipe, Start, found
+from edgetune.bench.cells import Line, cell_key, written_once
 from edgetune.bench.grid import PLAIN, Grid, GridOptions
-from edgetune.bench.photos import Photos, plain_cifar
+from edgetune.bench.photos import Photos, Split, plain_cifar
+from edgetune.compress import quantize_layers
 from edgetune.contract import ArithmeticMethod
 from edgetune.data.preprocess import Preprocess
 from edgetune.distil import Distil
+from edgetune.methods.arithmetic.addernet import AdderNet
 from edgetune.methods.arithmetic.dir_net import DIRNet
+from edgetune.methods.arithmetic.quantized_adder import QuantizedAdder
 from edgetune.methods.arithmetic.xnor import XNOR
 
 
@@ -59,6 +67,20 @@ def by(method: ArithmeticMethod, distil: Distil | None = None) -> Arm:
     return arm(label, arithmetic(method, distil), rate)
 
 
+@dataclass(frozen=True)
+class Adder(Arm):
+    """The adder network, whose layers compute by `after` once it has been trained."""
+
+    after: QuantizedAdder | None = None
+
+
+def adder(after: QuantizedAdder | None = None) -> Arm:
+    """The trained adder network, as it is or in few bits."""
+    method = AdderNet()
+    rates = (float(method.recipe["learning_rate"]),)
+    return Adder((after or method).label, arithmetic(method), rates=rates, after=after)
+
+
 ARMS = (
     replace(arm(PLAIN, unfrozen, 0.02), rates=None),
     by(XNOR()),
@@ -66,13 +88,38 @@ ARMS = (
     by(DIRNet()),
     by(DIRNet(), ALIGNED),
     by(XNOR(activations=False)),
+    adder(),
+    *(adder(QuantizedAdder(bits=bits)) for bits in (8, 6, 5, 4)),
 )
+FITTED_TO = 8
+"""Batches of training pictures that ranges and norms are fitted to."""
+
+
+def study(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
+    """A cell. The adder network of a seed is trained once for all of its rows: the temporary folder remembers it."""
+    if not isinstance(arm, Adder):
+        return adapt(bench, arm, split, rate, seed)
+    known = {"case": bench.case.name, **bench.case.identity, "quick": bench.quick, "rate": rate, "seed": seed}
+    path = Path(tempfile.gettempdir()) / f"edgetune-adder-{cell_key(known)}.safetensors"
+
+    def write(partial: Path) -> None:
+        save_file(trained(bench, arm, split, rate, seed)[0].model.state_dict(), partial)
+
+    written_once(path, write)
+    trainee, source = trainee_of(bench, arm, split[0], seed), bench.source()
+    trainee.model.load_state_dict(load_file(path))
+    if arm.after is not None:
+        parts = [split[0][n * BATCH : (n + 1) * BATCH] for n in range(FITTED_TO)]
+        quantize_layers(trainee.model, arm.after, [source.seen(part, None) for part in parts if part])
+    return {**tested(trainee, bench, split), "curve": [], "seconds": None}
+
+
 GRID = Grid(
     "arithmetic",
     (RESNET20,),
     tuple((RESNET20, each) for each in ARMS),
-    study=adapt,
-    search=adapt,
+    study=study,
+    search=study,
 )
 summarise = GRID.summarise
 

@@ -1,0 +1,52 @@
+"""The accuracy bench of other arithmetic: each arm trains and is tested, adder networks once for all their rows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgetune.bench import arithmetic
+from edgetune.bench.cases import Bench
+from edgetune.bench.grid import PLAIN
+
+
+@pytest.fixture
+def bench(shared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    data_folder = shared("cifar10_jpeg.npz").parent
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return Bench(replace(arithmetic.RESNET20, epochs=1), str(data_folder), quick=True)
+
+
+def cell(bench: Bench, arm: Any) -> dict[str, Any]:
+    train, test = bench.photos().splits[0]
+    return arithmetic.study(bench, arm, (train[:32], test[:40]), arm.rates[0] if arm.rates else 0.02, 0)
+
+
+def test_rows_are_all_methods_beside_the_float_network() -> None:
+    names = [arm.method for arm in arithmetic.ARMS]
+    assert names == [PLAIN, "xnor", "ir net", "dir net", "dir net, distilled", "xnor, binary weights", "addernet",
+                     *(f"quantized adder, {bits} bits" for bits in (8, 6, 5, 4))]
+
+
+@pytest.mark.parametrize("name", [PLAIN, "xnor", "dir net, distilled"])
+def test_an_arm_trains_and_is_tested(bench: Bench, name: str) -> None:
+    arm = next(arm for arm in arithmetic.ARMS if arm.method == name)
+    found = cell(bench, arm)
+    assert found["tested"] == 40 and 0 <= found["accuracy"] <= 100
+    assert len(found["curve"]) == 1 and found["curve"][0]["loss"] > 0
+    assert found["kept_bytes"] > 0
+
+
+def test_an_adder_network_is_trained_once_for_all_its_rows(bench: Bench, tmp_path: Path) -> None:
+    adder, *quantized = [arm for arm in arithmetic.ARMS if isinstance(arm, arithmetic.Adder)]
+    first = cell(bench, adder)
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("edgetune-adder-*.safetensors")}
+    assert len(files) == 1
+    found = cell(bench, quantized[0])
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    assert found["tested"] == first["tested"] == 40
