@@ -113,8 +113,8 @@ def quantize_layers(model: nn.Module, method: ArithmeticMethod, batches: Sequenc
     layers = arithmetic_layers(model)
     if not layers:
         raise PlanError(f"the network has no layers that {method.method} could follow: compress it first")
-    read: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    hooks = [layer.register_forward_pre_hook(partial(_note, read[name])) for name, layer in layers.items()]
+    fitted = dict.fromkeys(layers, method)
+    hooks = [layer.register_forward_pre_hook(partial(_fit, fitted, name)) for name, layer in layers.items()]
     try:
         with evaluating(model), torch.no_grad():
             for x in batches:
@@ -123,12 +123,12 @@ def quantize_layers(model: nn.Module, method: ArithmeticMethod, batches: Sequenc
         for hook in hooks:
             hook.remove()
     for name, layer in layers.items():
-        layer.take(method.fitted(iter(read.pop(name))))
+        layer.take(fitted[name])
     estimate_norms(model, batches)
 
 
-def _note(read: list[torch.Tensor], layer: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-    read.append(given[0])
+def _fit(fitted: dict[str, ArithmeticMethod], name: str, layer: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+    fitted[name] = fitted[name].fitted(given[0])
 
 
 def estimate_norms(model: nn.Module, batches: Sequence[torch.Tensor]) -> None:

@@ -5,9 +5,8 @@ A method is a frozen settings record with a name. It comes in one of three shape
     LayerMethod     save(x, geometry) -> kept;  receive(gy, geometry) -> g;
                     grad_input(g, weight, geometry) -> gx;  grad_weight(kept, g, geometry) -> gw
     SegmentMethod   claim(graph, plan) -> segments, each with a Rule: forward -> outputs, kept; backward -> gradients
-
-    ArithmeticMethod  quantize_weight(weight, progress), quantize_activation(x, progress), each with a gradient of its
-                      own: the layer itself becomes another, and its answer changes
+    ArithmeticMethod    quantize_weight(weight, progress), quantize_activation(x, progress), with gradients of their
+                    own, and convolve(x, weight, geometry, progress) -> y: the layer's answer changes
 
 A KeptMethod stands beside the first two: it says how what is kept is held, as `codec(state)` does, or what of it is
 not held but made again.
@@ -19,7 +18,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -276,8 +275,8 @@ class ArithmeticMethod(Method):
         """x (n c h w), weight (o i u v) -> y (n o p q), differentiable: the layer's answer but for its bias."""
         raise TypeError(f"method '{self.method}' declares no convolve")
 
-    def fitted(self, inputs: Iterator[torch.Tensor]) -> ArithmeticMethod:
-        """The same method, its settings fitted to what the layer reads, x (n c h w), batch by batch."""
+    def fitted(self, x: torch.Tensor) -> ArithmeticMethod:
+        """The same method, its settings fitted to a batch x (n c h w) of what the layer reads, beside those before."""
         return self
 
     @classmethod

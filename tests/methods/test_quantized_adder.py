@@ -88,12 +88,19 @@ def test_filters_of_like_range_share_a_scale() -> None:
 def test_ranges_are_fitted_without_outliers() -> None:
     x = torch.rand(1, 4, 100, 100)
     x[0, 0, 0, 0] = 1000
-    found = QuantizedAdder().fitted(iter([x, 2 * torch.rand(1, 4, 100, 100)]))
-    assert 1.9 < found.range < 2.0
-    assert QuantizedAdder().fitted(iter([torch.zeros(1, 2, 3, 3)])).range == 1e-3
-    assert QuantizedAdder().fitted(iter([])) == QuantizedAdder()
+    found = QuantizedAdder().fitted(x).fitted(2 * torch.rand(1, 4, 100, 100)).fitted(x)
+    assert found.range is not None and 1.9 < found.range < 2.0
+    assert QuantizedAdder().fitted(torch.zeros(1, 2, 3, 3)).range == 1e-3
+    assert QuantizedAdder().fitted(torch.zeros(0, 2, 3, 3)).range == 1e-3
     same: ArithmeticMethod = ArithmeticMethod()
-    assert same.fitted(iter([x])) is same
+    assert same.fitted(x) is same
+
+
+def test_a_layer_whose_range_nobody_has_fitted_takes_each_batchs_own() -> None:
+    layer = geometry()
+    x, weight = operands(layer, 9)
+    by_itself = QuantizedAdder(bits=6).convolve(x, weight, layer, ONE)
+    assert torch.equal(by_itself, QuantizedAdder(bits=6).fitted(x).convolve(x, weight, layer, ONE))
 
 
 def test_gradients_are_the_adder_layers() -> None:

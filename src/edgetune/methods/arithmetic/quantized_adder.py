@@ -21,7 +21,7 @@ What changes in the gradient or the answer
 
 When not to use
     Behind anything but a ReLU: inputs below 0 count as 0. Norms must be estimated anew afterwards
-    (`edgetune.compress.estimate_norms`).
+    (`edgetune.compress.estimate_norms`). Until `range` has been fitted, every batch has the range of its own inputs.
 
 Reference
     Nie et al., "Redistribution of Weights and Activations for AdderNet Quantization", NeurIPS 2022. The exact clamp of
@@ -103,6 +103,14 @@ def beyond(x: torch.Tensor, scale: float, geometry: ConvGeometry) -> torch.Tenso
     return F.conv2d(over, over.new_ones((1, 1, *geometry.kernel)), None, geometry.stride, 0, geometry.dilation)[:, 0]
 
 
+def reach_of(x: torch.Tensor) -> float:
+    """What nearly all absolute values of x stay below."""
+    values = x.detach().abs().flatten()
+    if not len(values):
+        return LEAST_RANGE
+    return max(float(values.kthvalue(max(1, int(OUTLIERS * len(values)))).values), LEAST_RANGE)
+
+
 class QuantizedAdder(ArithmeticMethod):
     """Of one layer; `range` is what `fitted` finds."""
 
@@ -110,7 +118,7 @@ class QuantizedAdder(ArithmeticMethod):
 
     bits: int = Field(8, ge=2, le=8, description="of a weight and of what is read")
     groups: int = Field(4, ge=1, description="of filters with a scale each, at most")
-    range: float = Field(4.0, gt=0, description="what the layer's input reaches, outliers left out")
+    range: float | None = Field(None, gt=0, description="what the layer's input reaches, outliers left out")
     exact: bool = Field(True, description="whether inputs beyond their scale count in full")
 
     @property
@@ -130,9 +138,8 @@ class QuantizedAdder(ArithmeticMethod):
             return "has groups of channels, whose scales would be apart: leave it an adder layer in float"
         return super().refuse(call)
 
-    def fitted(self, inputs: Iterator[torch.Tensor]) -> QuantizedAdder:
-        reach = max((float(_share(x.abs().flatten(), OUTLIERS)) for x in inputs if x.numel()), default=self.range)
-        return self.model_copy(update={"range": max(reach, LEAST_RANGE)})
+    def fitted(self, x: torch.Tensor) -> QuantizedAdder:
+        return self.model_copy(update={"range": max(reach_of(x), self.range or 0.0)})
 
     def convolve(self, x: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
                  progress: torch.Tensor) -> torch.Tensor:
@@ -148,7 +155,7 @@ class QuantizedAdder(ArithmeticMethod):
     def quantized(self, x: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
         """The layer's answer y (n o p q), by integers."""
         y = x.new_empty((len(x), geometry.out_channels, *geometry.out_hw))
-        for group in redistribute(weight, self.bits, self.groups, self.range):
+        for group in redistribute(weight, self.bits, self.groups, self.range or reach_of(x)):
             y[:, group.members] = self._answer(x, group, geometry).to(y.dtype)
         return y
 
@@ -168,8 +175,3 @@ class QuantizedAdder(ArithmeticMethod):
         more = None if over is None else (over / group.step).float()
         return kernels.adder_conv_u8_scaled(bytes_, filters, scale, group.bias.float(), more, geometry.kernel, *how,
                                             levels)
-
-
-def _share(values: torch.Tensor, share: float) -> torch.Tensor:
-    """The value below which that share of them lies."""
-    return values.kthvalue(max(1, int(share * len(values)))).values
