@@ -66,7 +66,7 @@ def test_blocks_come_first() -> None:
     model, plan = network()
     front = integer_front(model, plan, [pictures(8)])
     install(model, front)
-    with pytest.raises(Refusal, match=r"'features\.3' is to be rewritten, but .* rewrite its blocks first"):
+    with pytest.raises(Refusal, match=r"'features\.3' is to be rewritten, but .* before the frozen part is put in"):
         apply(model, front.left_over(plan))
 
 

@@ -24,7 +24,7 @@ from edgetune.contract import Plan
 from edgetune.costs import Costs, costs_of, unrestrained
 from edgetune.data import Augment, Dataset, Preprocess, batches, load_data
 from edgetune.errors import DivergedError, PlanError, RunError
-from edgetune.loop import accumulate, rate_at
+from edgetune.loop import accumulate, cross_entropy, rate_at
 from edgetune.methods.backward.gradient_filter import GradientFilter
 from edgetune.methods.backward.sparse_update import SparseUpdate
 from edgetune.models import model_card
@@ -378,10 +378,10 @@ class TestDivergence:
             def epoch(self, number: int, row: Epoch) -> None:
                 good.append(read_tensors(tmp_path / "out" / WEIGHTS)[0])
 
-        def spoiled(model: nn.Module, *batch: object) -> float:
+        def spoiled(loss_of: loop.Loss, *batch: object) -> float:
             if next(count) == 13:  # in the third epoch; steps before it have gone on from the good weights
                 model[8].weight.data.fill_(bad)
-            return accumulate(model, *batch)  # type: ignore[arg-type]
+            return accumulate(loss_of, *batch)  # type: ignore[arg-type]
 
         monkeypatch.setattr(loop, "accumulate", spoiled)
         model = network()
@@ -422,7 +422,7 @@ class TestSteps:
         losses, gradients = [], []
         for size in (micro_batch, 8):
             model.zero_grad()
-            losses.append(accumulate(model, x, y, size))
+            losses.append(accumulate(cross_entropy(model), x, y, size))
             gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         assert losses[0] == pytest.approx(losses[1], rel=1e-12)
         assert losses[1] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-12)

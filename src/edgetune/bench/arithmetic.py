@@ -50,7 +50,7 @@ LIVE = Recipe(momentum=0.9, clip=None, clock="cpu")
 RESNET20 = Case(
     "resnet20_bireal@32",
     Start("resnet20_bireal", found("resnet20_cifar10.safetensors"), cifar),
-    *(32, 6, None, (0.02,), LIVE),
+    *(32, 6, None, (0.003,), LIVE),
 )
 ALIGNED = Distil(features=1.0, logits=1.0)
 
@@ -82,7 +82,7 @@ def adder(after: QuantizedAdder | None = None) -> Arm:
 
 
 ARMS = (
-    replace(arm(PLAIN, unfrozen, 0.02), rates=None),
+    replace(arm(PLAIN, unfrozen("adamw"), 0.003), rates=None),
     by(XNOR()),
     by(DIRNet(alive=0.0)),
     by(DIRNet()),

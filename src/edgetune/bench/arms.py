@@ -133,9 +133,13 @@ def stock(count: int | None = None, scales: bool = True) -> Prepare:
     return prepare
 
 
-def unfrozen(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+def unfrozen(optimizer: str) -> Prepare:
     """The float network, all of it learning, norms by their batches: what arithmetic methods are compared with."""
-    return Trainee(model.requires_grad_(True), optimizer=_decayed_sgd, live=True)
+
+    def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
+        return Trainee(model.requires_grad_(True), optimizer=OPTIMIZERS[optimizer], live=True)
+
+    return prepare
 
 
 def arithmetic(method: ArithmeticMethod, distil: Distil | None = None) -> Prepare:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from edgetune import kernels
 from edgetune.contract import Needs, Rule, Segment, Tensors
 from edgetune.graph import Call
+from edgetune.hosts.cursor import working_on
 from edgetune.recognise import MASKS, SMOOTH
 
 Forward = tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]
@@ -73,6 +74,7 @@ class NormRule:
         y = normalise(norm, x, params)
         kept = {"x": x} if norm.params.get("weight", "") in needs.params else {}
         if masked:
+            working_on(masked[0])
             y = activate(masked[0].function, y, in_place=True)
             if needs.inputs[0] or needs.params:
                 kept |= mask_of(masked[0], y)
@@ -86,6 +88,7 @@ class NormRule:
         bits = None
         if len(segment.calls) > 1:
             g, bits = in_mask_order(segment.calls[1], g, kept)
+            working_on(norm)
         weight, bias = norm.params.get("weight", ""), norm.params.get("bias", "")
         gx, gw, gb = kernels.norm_backward(g, bits, x, params.get(weight), params[norm.params["running_mean"]],
                                            params[norm.params["running_var"]], eps(norm), needs.inputs[0])
