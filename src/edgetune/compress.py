@@ -108,7 +108,7 @@ def quantize_layers(model: nn.Module, method: ArithmeticMethod, batches: Sequenc
     """Let the arithmetic layers of a trained network compute by `method` from now on, without any training.
 
     Settings are fitted to what each layer reads of `batches` x (n c h w), preprocessed, and norms are estimated anew.
-    Raises Refusal naming a layer that cannot take the method, PlanError where the network has no such layers.
+    Raises PlanError where the network has no such layers.
     """
     layers = arithmetic_layers(model)
     if not layers:
@@ -143,6 +143,8 @@ def estimate_norms(model: nn.Module, batches: Sequence[torch.Tensor]) -> None:
             model(x)
     for norm, momentum in zip(norms, before, strict=True):
         norm.momentum = momentum
+
+
 def _check_names(convs: Collection[str], skip: Collection[str], take: Collection[str]) -> None:
     for name in (*skip, *take):
         if name not in convs:

@@ -73,7 +73,7 @@ class BinaryMethod(ArithmeticMethod):
 
     @property
     def label(self) -> str:
-        return self.method.replace("_", " ") + ("" if self.activations else ", binary weights")
+        return super().label + ("" if self.activations else ", binary weights")
 
     def refuse(self, call: Call) -> str | None:
         if call.kind != "conv":
@@ -95,7 +95,7 @@ class BinaryMethod(ArithmeticMethod):
         return clipped_slope(x)
 
     def keep_slope(self, x: torch.Tensor, progress: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What stays of x for `kept_slope`: here one bit a value."""
+        """What stays of x for `times_slope`: here one bit a value."""
         return {"slope": kernels.mask_pack(x.contiguous(), -1.0, 1.0)}
 
     def times_slope(self, g: torch.Tensor, kept: Tensors) -> torch.Tensor:
@@ -191,7 +191,8 @@ class BinaryRule:
         kept = {"bits": trimmed(bits, x.shape[1], groups), "size": x.new_empty((*x.shape, 0))}
         if needs.inputs[0] and not self.clipped:
             kept |= self.method.keep_slope(x, progress)
-        y = self._answer(bits, geometry_at(conv, x), params[conv.params["weight"]], progress)
+        made = self.method.weight_at(params[conv.params["weight"]].detach(), progress)
+        y = self._answer(bits, geometry_at(conv, x), made, progress)
         if len(segment.calls) == 1:
             return (y,), kept
         norm = segment.calls[1]
@@ -210,12 +211,12 @@ class BinaryRule:
         geometry, name = _geometry(conv).at(h, w), conv.params["weight"]
         progress, grads = params[conv.state[PROGRESS]], dict[str, torch.Tensor]()
         bits = filled(kept["bits"], c, geometry.groups)
-        if len(segment.calls) > 1:
-            y = self._answer(bits, geometry, params[name], progress)
-            g, grads = _norm_backward(segment.calls[1], g, y, kept, params, needs)
         with torch.enable_grad():
             weight = params[name].detach().requires_grad_()
             made = self.method.weight_at(weight, progress)
+        if len(segment.calls) > 1:
+            y = self._answer(bits, geometry, made.detach(), progress)
+            g, grads = _norm_backward(segment.calls[1], g, y, kept, params, needs)
         if name in needs.params:
             signs = kernels.sign_unpack(bits, c, geometry.groups)
             read, unpadded = padded(signs, geometry, self.method.pad_value)
@@ -225,18 +226,14 @@ class BinaryRule:
         gx = input_gradient(g, made.detach(), geometry)
         return (gx if self.clipped else self.method.times_slope(gx, kept),), grads
 
-    def _answer(self, bits: torch.Tensor, geometry: ConvGeometry, weight: torch.Tensor,
+    def _answer(self, bits: torch.Tensor, geometry: ConvGeometry, made: torch.Tensor,
                 progress: torch.Tensor) -> torch.Tensor:
-        made = self.method.weight_at(weight.detach(), progress)
+        """The layer's answer from the bits of its input and what it multiplies by."""
         if share(progress) >= self.method.weights_from:
             return product(bits, made, geometry, self.method.pad_value)
         signs = kernels.sign_unpack(bits, geometry.in_channels, geometry.groups)
-        return convolve(*_with_weight(padded(signs, geometry, self.method.pad_value), made))
-
-
-def _with_weight(read: tuple[torch.Tensor, ConvGeometry],
-                 weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, ConvGeometry]:
-    return read[0], weight, None, read[1]
+        read, unpadded = padded(signs, geometry, self.method.pad_value)
+        return convolve(read, made, None, unpadded)
 
 
 def _geometry(call: Call) -> ConvGeometry:

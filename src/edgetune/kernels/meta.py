@@ -25,20 +25,7 @@ from edgetune.kernels.geometry import (
     memory_format,
     row_blocks,
 )
-from edgetune.kernels.meta_binary import (
-    affine_clip,
-    arrange_filters,
-    binary_conv,
-    binary_conv_both,
-    binary_conv_sign,
-    bit_weight_conv,
-    sign_pack,
-    sign_unpack,
-)
 from edgetune.shapes import expect
-
-__all__ = ["affine_clip", "arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign",
-           "bit_weight_conv", "sign_pack", "sign_unpack"]
 
 
 def _grid(x: Tensor, cell_h: int, cell_w: int, dtype: torch.dtype) -> Tensor:

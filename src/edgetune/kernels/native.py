@@ -14,19 +14,6 @@ from torch import Tensor, get_num_threads
 from edgetune.kernels.bounded_format import bound_of, broken, chunks_of, head_of, starts_of, steps_of, unfit_sizes
 from edgetune.kernels.calls import N, function
 from edgetune.kernels.geometry import is_channels_last, memory_format, row_blocks
-from edgetune.kernels.native_binary import (
-    affine_clip,
-    arrange_filters,
-    binary_conv,
-    binary_conv_both,
-    binary_conv_sign,
-    bit_weight_conv,
-    sign_pack,
-    sign_unpack,
-)
-
-__all__ = ["affine_clip", "arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign",
-           "bit_weight_conv", "sign_pack", "sign_unpack"]
 
 COUNTABLE = 2**24  # pixels of a cell: float32 counts stay exact below
 

@@ -7,11 +7,22 @@ fallback; on every other device to the fallback. All versions check their argume
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-from edgetune.kernels import fallback, fallback_adder, meta, meta_adder, native, native_adder
+from edgetune.kernels import (
+    fallback,
+    fallback_adder,
+    fallback_binary,
+    meta,
+    meta_adder,
+    meta_binary,
+    native,
+    native_adder,
+    native_binary,
+)
 
 Kernel = Callable[..., Any]
 
@@ -32,8 +43,16 @@ class Op(NamedTuple):
 _POOL = "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w"
 _AFFINE = "Tensor? scale, Tensor? shift, Tensor? residual"
 
-OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback, name), getattr(native, name))
-                      for name, signature in {
+_WINDOWS = "int[] stride, int[] pads, int[] dilation, int groups"
+
+
+def _ops(metas: ModuleType, fallbacks: ModuleType, natives: ModuleType, signatures: dict[str, str]) -> dict[str, Op]:
+    """Ops whose versions stand under their names in three modules."""
+    return {name: Op(signature, *(getattr(versions, name) for versions in (metas, fallbacks, natives)))
+            for name, signature in signatures.items()}
+
+
+OPS = _ops(meta, fallback, native, {
     "patch_mean": "(Tensor x, int cell_h, int cell_w, bool by_channel=False) -> Tensor",
     "patch_spread": "(Tensor v, SymInt h, SymInt w, int cell_h, int cell_w, bool channels_last=False) "
                     "-> Tensor",
@@ -54,6 +73,8 @@ OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback,
     "bounded_sizes": "(Tensor x, float bound) -> Tensor",
     "bounded_encode": "(Tensor x, Tensor sizes, float bound, SymInt size) -> Tensor",
     "bounded_decode": "(Tensor packed, SymInt count) -> Tensor",
+})
+OPS |= _ops(meta_binary, fallback_binary, native_binary, {
     "sign_pack": "(Tensor x, int groups=1) -> Tensor",
     "sign_unpack": "(Tensor bits, int channels, int groups=1) -> Tensor",
     "arrange_filters": "(Tensor bits, int channels, int groups=1) -> Tensor",
@@ -64,12 +85,8 @@ OPS: dict[str, Op] = {name: Op(signature, getattr(meta, name), getattr(fallback,
     "affine_clip": "(Tensor x, Tensor? gain, Tensor? shift, Tensor? residual, float low, float high, bool whole, "
                    "int groups) -> (Tensor, Tensor)",
     "bit_weight_conv": f"(Tensor x, Tensor filters, {_AFFINE}, int[] layer) -> Tensor",
-}.items()}
-
-_WINDOWS = "int[] stride, int[] pads, int[] dilation, int groups"
-
-OPS |= {name: Op(signature, getattr(meta_adder, name), getattr(fallback_adder, name), getattr(native_adder, name))
-        for name, signature in {
+})
+OPS |= _ops(meta_adder, fallback_adder, native_adder, {
     "adder_conv": f"(Tensor x, Tensor weight, {_WINDOWS}) -> Tensor",
     "adder_conv_input_gradient": f"(Tensor gy, Tensor x, Tensor weight, {_WINDOWS}) -> Tensor",
     "adder_filters": "(Tensor weight, int groups) -> Tensor",
@@ -77,7 +94,7 @@ OPS |= {name: Op(signature, getattr(meta_adder, name), getattr(fallback_adder, n
                      "-> Tensor",
     "adder_conv_u8_scaled": "(Tensor x, Tensor filters, Tensor scale, Tensor shift, Tensor? more, "
                             f"int[] kernel, {_WINDOWS}, int pad_value) -> Tensor",
-}.items()}
+})
 
 
 def _checked(op: Op) -> Kernel:
