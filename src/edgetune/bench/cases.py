@@ -72,8 +72,8 @@ def _shipped(data: Path) -> Path:
 
 
 def pupil(lesson: Lesson, photos: Callable[..., Photos], fresh_head: bool = False) -> Start:
-    """A network that was taught CIFAR-10 (see `bench.pretrain`)."""
-    return Start(lesson.network, lambda data: taught(lesson, data), photos, classes=10, fresh_head=fresh_head, crop=1.0)
+    """A network that was taught before (see `bench.pretrain`)."""
+    return Start(lesson.network, lambda data: taught(lesson, data), photos, lesson.classes, fresh_head, crop=1.0)
 
 
 IMAGENET_V2 = Start(

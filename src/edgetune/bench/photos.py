@@ -17,11 +17,14 @@ from torch import nn
 from edgetune.bench.cells import cell_key, written_once
 from edgetune.data.augment import augment
 from edgetune.data.chance import generator_for, permutation
+from edgetune.data.dataset import Dataset
 from edgetune.data.loading import load_data
 from edgetune.data.preprocess import Preprocess
 from edgetune.data.settings import Augment
 
 Split = tuple[list[int], list[int]]
+SHOWN = 1000
+"""Photos of flowers that a network is taught with before it meets them through another camera."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,19 @@ def inner_split(photos: Photos) -> Split:
 
 def flowers(root: Path, preprocess: Preprocess, limit: int | None = None, folds: int = 5) -> Photos:
     """All photos of flowers5, training and validation parts together, in stratified folds."""
-    dataset = load_data(root / "flowers5_224", preprocess, limit=limit)
-    pixels = torch.stack([part.pixels(i) for part in (dataset.train, dataset.val) for i in range(len(part))])
-    labels = torch.tensor([*dataset.train.labels, *dataset.val.labels])
+    pixels, labels = _everything(load_data(root / "flowers5_224", preprocess, limit=limit))
     return Photos("flowers5", pixels, labels, stratified_folds(labels, folds), preprocess, Augment(crop_scale=0.6))
+
+
+def drifted_flowers(root: Path, preprocess: Preprocess, limit: int = SHOWN, seeds: int = 3) -> Photos:
+    """flowers5 through another camera, for all seeds: to train on what `limit` of its training photos look like there,
+    and to test on all others."""
+    known = set(load_data(root / "flowers5_224", preprocess, limit=limit).train.names)
+    dataset = load_data(f"{root / 'flowers5_224'}:drift", preprocess)
+    split: Split = ([], [])
+    for index, name in enumerate((*dataset.train.names, *dataset.val.names)):
+        split[name not in known].append(index)
+    return Photos("flowers5:drift", *_everything(dataset), (split,) * seeds, preprocess, Augment(crop_scale=0.6))
 
 
 def drifted_cifar(root: Path, preprocess: Preprocess, limit: int = 2000, seeds: int = 3) -> Photos:
@@ -108,11 +120,17 @@ def drifted_digits(root: Path, preprocess: Preprocess, limit: int | None = None,
 def _one_split(data: str, preprocess: Preprocess, limit: int | None, seeds: int, views: Augment | None) -> Photos:
     """A data set with validation pictures of its own, for all seeds; its own views unless given."""
     dataset = load_data(data, preprocess, limit=limit)
-    pixels = torch.stack([part.pixels(i) for part in (dataset.train, dataset.val) for i in range(len(part))])
-    labels = torch.tensor([*dataset.train.labels, *dataset.val.labels])
+    pixels, labels = _everything(dataset)
     train, everything = len(dataset.train), len(labels)
     split = (list(range(train)), list(range(train, everything)))
     return Photos(data, pixels, labels, (split,) * seeds, preprocess, views or dataset.augment)
+
+
+def _everything(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 pixels (n c h w) and labels (n), those to train on in front."""
+    parts = (dataset.train, dataset.val)
+    pixels = torch.stack([part.pixels(i) for part in parts for i in range(len(part))])
+    return pixels, torch.tensor([label for part in parts for label in part.labels])
 
 
 def behind(source: Photos | Maps, frozen: nn.Module, epochs: int, name: str) -> Maps:

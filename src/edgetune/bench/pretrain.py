@@ -1,4 +1,4 @@
-"""Networks without weights at hand are taught CIFAR-10 from nothing, once; the temporary folder remembers them.
+"""Networks without weights at hand are taught from nothing, once; the temporary folder remembers them.
 
 First with norms that follow their batches, then with frozen ones: a network that only ever trained with batch
 statistics sits where the loss is too sharp for any usual learning rate once its norms are frozen, as they are on
@@ -21,7 +21,8 @@ from torch import nn
 
 from edgetune.bench.cells import cell_key, written_once
 from edgetune.data import Augment, Pictures, Preprocess, batches, load_data
-from edgetune.models import load_model, model_card
+from edgetune.models import load_model, load_weights, model_card
+from edgetune.models.head import replace_head
 from edgetune.record import Record
 
 BATCH = 64
@@ -44,11 +45,19 @@ def cycles(free: int, frozen: int) -> tuple[Cycle, ...]:
 
 
 class Lesson(Record):
-    """What a network is taught with: pictures of `size` px, in cycles one after the other."""
+    """What a network is taught with: pictures of `size` px, in cycles one after the other.
+
+    `data` is a built-in name or a folder below the data folder, of which `limit` pictures are taken. A lesson may come
+    `after` another one, whose head is left.
+    """
 
     network: str
     size: int
     cycles: tuple[Cycle, ...] = cycles(4, 2)
+    data: str = "cifar10"
+    classes: int = 10
+    limit: int | None = None
+    after: Lesson | None = None
 
     @property
     def preprocess(self) -> Preprocess:
@@ -58,18 +67,19 @@ class Lesson(Record):
 
 
 def taught(lesson: Lesson, data: Path) -> Path:
-    """The file of the network's weights, ten classes; the first call teaches it, others wait for that.
+    """The file of the network's weights; the first call teaches it, others wait for that.
 
-    Raises DataError where CIFAR-10 is not below `data`.
+    Raises DataError where the lesson's pictures are not below `data`.
     """
     path = Path(tempfile.gettempdir()) / f"edgetune-taught-{cell_key(lesson.model_dump())}.safetensors"
     checkpoint = path.with_suffix(".checkpoint")
 
     def write(partial: Path) -> None:
         os.environ.setdefault("EDGETUNE_DATA", str(data))
-        pictures = load_data("cifar10", lesson.preprocess).train
-        torch.manual_seed(0)
-        model = load_model(lesson.network, num_classes=10)
+        folder = data / lesson.data
+        source = folder if folder.is_dir() else lesson.data
+        pictures = load_data(source, lesson.preprocess, limit=lesson.limit).train
+        model = _beginner(lesson, data)
         teach(model, pictures, lesson.cycles, checkpoint=checkpoint, say=_say(lesson))
         state = model.state_dict().items()
         save_file({key: value.contiguous(memory_format=torch.contiguous_format) for key, value in state}, partial)
@@ -77,6 +87,16 @@ def taught(lesson: Lesson, data: Path) -> Path:
     written_once(path, write)
     checkpoint.unlink(missing_ok=True)
     return path
+
+
+def _beginner(lesson: Lesson, data: Path) -> nn.Module:
+    torch.manual_seed(0)
+    if lesson.after is None:
+        return load_model(lesson.network, num_classes=lesson.classes)
+    model = load_model(lesson.network, num_classes=lesson.after.classes)
+    load_weights(model, taught(lesson.after, data))
+    replace_head(model, lesson.classes, seed=0)
+    return model
 
 
 def teach(
@@ -148,4 +168,5 @@ def _save(checkpoint: Path, states: dict[str, Any], epoch: int) -> None:
 
 
 def _say(lesson: Lesson) -> Callable[[str], None]:
-    return lambda line: print(f"{lesson.network} at {lesson.size} px, {line}", file=sys.stderr, flush=True)
+    heading = f"{lesson.network} at {lesson.size} px, {lesson.data}"
+    return lambda line: print(f"{heading}, {line}", file=sys.stderr, flush=True)

@@ -39,7 +39,7 @@ from edgetune.bench.cases import DIGITS_NET, IMAGENET_V2, RESNET20, RESNET20_JPE
 from edgetune.bench.cells import Line
 from edgetune.bench.costs import CLOCK, kept_of_whole, step_costs
 from edgetune.bench.grid import PLAIN, Grid, GridOptions
-from edgetune.bench.photos import Split, drifted_cifar
+from edgetune.bench.photos import SHOWN, Split, drifted_cifar, drifted_flowers
 from edgetune.bench.pretrain import Lesson, cycles
 from edgetune.methods.backward.exact import Exact
 from edgetune.methods.backward.hosvd import HOSVD
@@ -88,6 +88,15 @@ RESNET18_ALL = Case(
     pupil(Lesson(network="resnet18", size=32), drifted_cifar),
     *(32, 3, None, RATES, BARE),
 )
+RESNET18_224 = Case(
+    "resnet18@224 all",
+    pupil(
+        Lesson(network="resnet18", size=224, cycles=cycles(8, 3), data="flowers5_224", classes=5, limit=SHOWN,
+               after=Lesson(network="resnet18", size=32)),
+        drifted_flowers,
+    ),
+    *(224, 1, None, (0.003,), BARE),
+)  # fmt: skip
 SPARSE = Case(
     "mobilenet_v2_0.35@64 last 25",
     pupil(Lesson(network="mobilenet_v2_0.35", size=64, cycles=cycles(8, 3)), drifted_cifar),
@@ -207,6 +216,7 @@ ROWS: tuple[tuple[Case, Arm], ...] = (
     *((SPARSE, arm) for arm in coded(25)[:3]),
     *((RESNET18, arm) for arm in (plain(4), BEFORE, HEAD, *chains(4)[:1], exact(4))),
     *((RESNET18_ALL, arm) for arm in (plain(None), *coded(None))),
+    *((RESNET18_224, arm) for arm in (plain(None), BEFORE, *coded(None)[:1])),
 )
 """The default grid, the deciding rows first."""
 
@@ -228,7 +238,7 @@ def study(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
 
 GRID = Grid(
     "training",
-    (DIGITS, CIFAR, JPEG, FLOWERS, SPARSE, V3, MCUNET, RESNET18, RESNET18_ALL),
+    (DIGITS, CIFAR, JPEG, FLOWERS, SPARSE, V3, MCUNET, RESNET18, RESNET18_ALL, RESNET18_224),
     ROWS,
     study=study,
     search=search,
