@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 
 from edgetune.bench import arithmetic
-from edgetune.bench.cases import Bench
+from edgetune.bench.cases import Bench, pupil
 from edgetune.bench.grid import PLAIN
+from edgetune.bench.pretrain import Lesson
 
 
 @pytest.fixture
 def bench(shared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     data_folder = shared("cifar10_jpeg.npz").parent
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return Bench(replace(arithmetic.RESNET20, epochs=1), str(data_folder), quick=True)
+    start = pupil(Lesson(network="resnet20_bireal", size=32, limit=50, cycles=()), arithmetic.cifar)
+    return Bench(replace(arithmetic.RESNET20, start=start, epochs=1), str(data_folder), quick=True)
 
 
 def cell(bench: Bench, arm: Any) -> dict[str, Any]:

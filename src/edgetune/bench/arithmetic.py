@@ -1,7 +1,8 @@
 """`edgetune bench arithmetic`: networks of bits and of additions beside the float network, trained alike.
 
-CIFAR-10, three seeds. Every arm starts from the same float weights and sees the same batches; the recipe is that of the
-default grid, far shorter than the published ones (400 epochs on all 50 000 pictures), and stands in every line. A
+CIFAR-10, three seeds. Every arm starts from the same float weights, which have been taught all 50 000 pictures before
+(`bench.pretrain`), and sees the same batches; the recipe is that of the default grid, far shorter than the published
+ones (400 epochs on all pictures), and stands in every line. A
 learning rate is the method's own; the first convolution, shortcuts and the head stay in float. Adder networks in few
 bits are the trained adder network of the same seed, whose ranges and norms are then fitted to training pictures.
 """
@@ -17,12 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from edgetune.bench.adapt import adapt, tested, trained, trainee_of
 from edgetune.bench.arms import BATCH, Arm, Prepare, arithmetic, unfrozen
-from edgetune.bench.cases import Bench, Case, Recipe, Start, found
+from edgetune.bench.cases import Bench, Case, Recipe, pupil
 from edgetune.bench.cells import Line, cell_key, written_once
 from edgetune.bench.grid import PLAIN, Grid, GridOptions
 from edgetune.bench.photos import Photos, Split, plain_cifar
+from edgetune.bench.pretrain import Cycle, Lesson
 from edgetune.compress import quantize_layers
 from edgetune.contract import ArithmeticMethod
+from edgetune.data.chance import permutation
 from edgetune.data.preprocess import Preprocess
 from edgetune.distil import Distil
 from edgetune.methods.arithmetic.addernet import AdderNet
@@ -47,10 +50,12 @@ def cifar(root: Path, preprocess: Preprocess, limit: int = PICTURES, seeds: int 
 
 
 LIVE = Recipe(momentum=0.9, clip=None, clock="cpu")
+FLOAT = (Cycle(epochs=5, peak_rate=0.1, frozen=False),)
+"""How the float networks are taught that all arms start from; norms follow their batches in all arms, too."""
 RESNET20 = Case(
     "resnet20_bireal@32",
-    Start("resnet20_bireal", found("resnet20_cifar10.safetensors"), cifar),
-    *(32, 6, None, (0.003,), LIVE),
+    pupil(Lesson(network="resnet20_bireal", size=32, cycles=FLOAT), cifar),
+    *(32, 3, None, (0.003,), LIVE),
 )
 ALIGNED = Distil(features=1.0, logits=1.0)
 
@@ -109,8 +114,10 @@ def study(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
     trainee, source = trainee_of(bench, arm, split[0], seed), bench.source()
     trainee.model.load_state_dict(load_file(path))
     if arm.after is not None:
-        parts = [split[0][n * BATCH : (n + 1) * BATCH] for n in range(FITTED_TO)]
-        quantize_layers(trainee.model, arm.after, [source.seen(part, None) for part in parts if part])
+        # pictures lie class by class
+        drawn = [split[0][i] for i in permutation(len(split[0]), "fitted", seed)[: FITTED_TO * BATCH]]
+        parts = [drawn[first : first + BATCH] for first in range(0, len(drawn), BATCH)]
+        quantize_layers(trainee.model, arm.after, [source.seen(part, None) for part in parts])
     return {**tested(trainee, bench, split), "curve": [], "seconds": None}
 
 
