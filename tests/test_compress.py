@@ -13,7 +13,7 @@ import edgetune as et
 from edgetune.compress import FIRST, FLOAT_BITS, Recipe, recipe, weights_of
 from edgetune.data import Dataset
 from edgetune.distil import Distil
-from edgetune.errors import PlanError, Refusal, RunError
+from edgetune.errors import DivergedError, ModelError, PlanError, Refusal, RunError
 from edgetune.graph import Graph, trace
 from edgetune.loop import Silent
 from edgetune.methods.arithmetic.addernet import AdderNet
@@ -145,6 +145,22 @@ class TestCompress:
         with pytest.raises(Refusal, match=r"is called twice: give each call a layer of its own, or .*--skip 1"):
             et.compress(twice, data, XNOR(), out=tmp_path / "run", **FEW)
         assert not (tmp_path / "run").exists()
+
+    def test_weights_that_are_no_numbers(self, model: nn.Module, data: Dataset, tmp_path: Path) -> None:
+        model.get_submodule("features.2.0").weight.data[0] = torch.nan  # type: ignore[index, union-attr]
+        with pytest.raises(ModelError, match=r"'features\.2\.0\.weight' has values that are not numbers: load other"):
+            et.compress(model, data, XNOR(), out=tmp_path / "run", **FEW)
+        assert not (tmp_path / "run").exists()
+
+    def test_numbers_lost_on_the_way_do_not_hide_behind_signs(self, data: Dataset, tmp_path: Path) -> None:
+        network = signed()
+
+        class Spoil(Silent):
+            def advance(self) -> None:
+                network.get_buffer("pair.1.running_mean").fill_(torch.nan)
+
+        with pytest.raises(DivergedError, match=r"'pair\.1\.running_mean' has values .* after epoch 1"):
+            et.compress(network, data, XNOR(), out=tmp_path / "run", progress=Spoil(), **FEW)
 
     def test_weights_are_signs_and_scales_in_the_end(self, model: nn.Module, data: Dataset, tmp_path: Path) -> None:
         et.compress(model, data, XNOR(weights_from=0.5), out=tmp_path / "run", **FEW)

@@ -256,6 +256,12 @@ def tensor_of(model: nn.Module, qualified: str) -> torch.Tensor:
     return tensor
 
 
+def not_finite(model: nn.Module) -> str | None:
+    """The first parameter or buffer of a model's state that has a value which is not finite, or None."""
+    return next((name for name, tensor in model.state_dict().items()
+                 if tensor.is_floating_point() and not bool(tensor.isfinite().all())), None)
+
+
 @contextmanager
 def _watching(model: nn.Module, root: nn.Module, prefix: str, calls: list[Call]) -> Iterator[None]:
     """Write down the layers called inside `root`, which could not be followed."""

@@ -22,6 +22,7 @@ from torch import nn
 from edgetune.cache import CacheUse, Features
 from edgetune.data import Dataset, batches, generator_for
 from edgetune.errors import DivergedError, RunError
+from edgetune.graph import not_finite
 from edgetune.hosts.arithmetic import advance
 from edgetune.record import Record
 from edgetune.run import Epoch, Settings, device_of, evaluate, fill, read_tensors, write_tensors
@@ -270,6 +271,8 @@ class Leg:
         score = evaluate(self.model, self.data.val, classes, batch_size, self.val_features)
         if not math.isfinite(score.loss):
             raise DivergedError(f"the validation loss is not a number after epoch {epoch + 1}")
+        if (name := not_finite(self.model)) is not None:  # layers that read signs hide it from the loss
+            raise DivergedError(f"'{name}' has values that are not numbers after epoch {epoch + 1}")
         row = Epoch(
             train_loss=self.at.loss / len(self.data.train),
             val_loss=score.loss,

@@ -21,6 +21,7 @@ from edgetune.data import Augment, Dataset, batches
 from edgetune.distil import Distil
 from edgetune.errors import ModelError, PlanError, RunError
 from edgetune.frozen import has_front, integer_front, restore
+from edgetune.graph import not_finite
 from edgetune.job import Job, OnFinish
 from edgetune.loop import Progress, Silent
 from edgetune.run import (
@@ -90,8 +91,8 @@ def train(
     `model_options`, `weights` and `data_options` (what `load_data` was given) are written down so that the run can be
     loaded and resumed by itself; `costs` are measured unless given; `on_finish(out, run)` is called at the end, to
     write reports.
-    Raises Interrupted after Ctrl-C, DivergedError when the loss is no number, PlanError or Refusal when the
-    plan does not fit, RunError when `out` cannot be used.
+    Raises Interrupted after Ctrl-C, DivergedError when the loss or a weight is no number, ModelError for a network with
+    such weights from the start, PlanError or Refusal when the plan does not fit, RunError when `out` cannot be used.
     """
     settings = _settings(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, momentum=momentum,
@@ -149,6 +150,8 @@ def _refuse(folder: Path, model: nn.Module, plan: Plan, settings: Settings) -> N
     if not plan.learned():
         raise PlanError("the plan lets nothing learn: list at least the classifier in `learns`")
     _refuse_integers(model)
+    if (name := not_finite(model)) is not None:
+        raise ModelError(f"'{name}' has values that are not numbers: load other weights")
     micro = plan.micro_batch or settings.batch_size
     if settings.update_as_it_comes and micro < settings.batch_size:
         raise PlanError(f"the plan adds up gradients of {micro} pictures at a time, so they cannot be used as they "

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgetune.errors import ModelError, Refusal
-from edgetune.graph import Call, Graph, tensor_of, trace
+from edgetune.graph import Call, Graph, not_finite, tensor_of, trace
 from edgetune.hosts.arithmetic import ArithmeticConv2d, arithmetic_layers
 from edgetune.hosts.binary import BinaryMethod
 from edgetune.overlap import ConvGeometry
@@ -55,13 +55,11 @@ def pack(model: nn.Module, sample: Sequence[int] | Graph, rest: Literal["int8", 
 
 def _check_numbers(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
-        if not tensor.is_floating_point():
-            continue
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        if tensor.is_floating_point() and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
             raise ModelError(f"'{name}' is {tensor.dtype} on {tensor.device}: pack the network as "
                              "`model.float().cpu()`")
-        if not bool(tensor.isfinite().all()):
-            raise ModelError(f"'{name}' has a value that is not finite: train the network anew")
+    if (broken := not_finite(model)) is not None:
+        raise ModelError(f"'{broken}' has a value that is not finite: train the network anew")
 
 
 class _Builder:
