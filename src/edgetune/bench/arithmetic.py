@@ -55,7 +55,7 @@ FLOAT = (Cycle(epochs=5, peak_rate=0.1, frozen=False),)
 RESNET20 = Case(
     "resnet20_bireal@32",
     pupil(Lesson(network="resnet20_bireal", size=32, cycles=FLOAT), cifar),
-    *(32, 3, None, (0.003,), LIVE),
+    *(32, 3, None, (0.0003, 0.001, 0.003), LIVE),
 )
 ALIGNED = Distil(features=1.0, logits=1.0)
 
