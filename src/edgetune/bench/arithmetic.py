@@ -1,10 +1,10 @@
 """`edgetune bench arithmetic`: networks of bits and of additions beside the float network, trained alike.
 
 CIFAR-10, three seeds. Every arm starts from the same float weights, which have been taught all 50 000 pictures before
-(`bench.pretrain`), and sees the same batches; the recipe is that of the default grid, far shorter than the published
-ones (400 epochs on all pictures), and stands in every line. A
-learning rate is the method's own; the first convolution, shortcuts and the head stay in float. Adder networks in few
-bits are the trained adder network of the same seed, whose ranges and norms are then fitted to training pictures.
+(`bench.pretrain`), and sees the same batches; the schedule is far shorter than the published ones (400 epochs on all
+pictures), and stands in every line. The float network's learning rate is chosen on pictures held out, any other is that
+of the method's recipe. The first convolution, shortcuts and the head stay in float. Adder networks in few bits are the
+trained adder network of the same seed, whose ranges and norms are then fitted to training pictures.
 """
 
 from __future__ import annotations
