@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= auto
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
@@ -11,7 +12,7 @@ PINS := pyproject.toml constraints.txt
 
 help:
 	@echo "make demo    adapt a small network to drifted digits; leaves a run folder with report.html"
-	@echo "make test    run the tests; make test ARGS='tests/kernels -k spread' runs some of them"
+	@echo "make test    run the tests, one process a core; make test ARGS='tests/kernels -k spread' WORKERS=0 runs some in one"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    write the generated pages and tables anew"
 	@echo "make bench   measure layers and steps on this machine; make bench ARGS='transfer' for another suite"
@@ -21,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/edgetune train $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(ARGS) .

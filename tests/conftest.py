@@ -12,6 +12,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 os.environ.update(COLUMNS="110", NO_COLOR="1", TERM="dumb")  # tables and help read the same everywhere
 
 hypothesis.settings.register_profile("edgetune", deadline=None, derandomize=True, print_blob=True)

@@ -519,7 +519,7 @@ class Checkpointed(nn.Module):
 
 
 class TestValues:
-    @pytest.mark.parametrize("how", [COMET(), LowBit(), Int8(), Bounded(0.1), Bounded(0.1, 4)], ids=str)
+    @pytest.mark.parametrize("how", [COMET(), LowBit(), Int8(), Bounded(0.1), Bounded(0.1, 4)])
     @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf, 3e38])
     def test_that_are_not_finite_come_back_exactly(self, how: CodedMethod | Codec, odd: float) -> None:
         x, held = torch.randn(40, 50), held_by(how)
