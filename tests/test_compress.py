@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +14,19 @@ from torch import nn
 
 import edgetune as et
 from edgetune.compress import FIRST, FLOAT_BITS, Recipe, recipe, weights_of
-from edgetune.data import Dataset
+from edgetune.data import Dataset, batches
 from edgetune.distil import Distil
 from edgetune.errors import DivergedError, ModelError, PlanError, Refusal, RunError
+from edgetune.fit import estimate_norms
 from edgetune.graph import Graph, trace
+from edgetune.hosts.arithmetic import arithmetic_layers
 from edgetune.loop import Silent
 from edgetune.methods.arithmetic.addernet import AdderNet
 from edgetune.methods.arithmetic.dir_net import DIRNet
+from edgetune.methods.arithmetic.quantized_adder import QuantizedAdder
 from edgetune.methods.arithmetic.xnor import XNOR
 from edgetune.packed import Packed, PackedNetwork, rounded
-from edgetune.run import PACKED, Interrupted, evaluate, load_run, read_run
+from edgetune.run import PACKED, Interrupted, digest, evaluate, load_run, read_run
 from edgetune.train import resume
 from nets import Signed
 from stopping import Stop, few_digits
@@ -234,6 +240,116 @@ def test_a_binary_run_leaves_a_packed_network_with_the_same_answers(
         assert torch.allclose(packed(x), trained(x), atol=1e-4)
 
 
-def test_a_run_without_binary_layers_leaves_none(data: Dataset, model: nn.Module, tmp_path: Path) -> None:
+def test_a_run_without_layers_of_few_bits_leaves_none(data: Dataset, model: nn.Module, tmp_path: Path) -> None:
     assert et.compress(model, data, AdderNet(), out=tmp_path, **{**FEW, "epochs": 1}).packed is None
     assert not (tmp_path / PACKED).exists()
+
+
+ADDER = QuantizedAdder(bits=6)
+
+
+class TestFitted:
+    """Methods whose settings are fitted once the network is trained."""
+
+    def test_plan_weights_accuracy_and_packed_network_are_those_of_the_fitted_network(
+        self, data: Dataset, model: nn.Module, tmp_path: Path
+    ) -> None:
+        run = et.compress(model, data, ADDER, out=tmp_path, **FEW)
+        loaded = load_run(tmp_path)
+        methods = [layer.method for layer in arithmetic_layers(loaded.model).values()]
+        assert len(methods) == len(ALL)
+        assert all(isinstance(method, QuantizedAdder) and method.range for method in methods)
+        assert loaded.plan.arithmetic() == {name: layer.method for name, layer in arithmetic_layers(model).items()}
+        assert run.plan_digest == digest(loaded.plan)
+        score = evaluate(loaded.model, data.val, len(data.classes), 8)
+        assert score.accuracy == run.accuracy_after and read_run(tmp_path) == run
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, loaded.model.state_dict()[name]), name
+        assert {file.name for file in tmp_path.iterdir()} == {"run.json", "plan.json", "weights.safetensors", PACKED}
+        packed, x = PackedNetwork(Packed.load(tmp_path / PACKED)), torch.stack([data.val[i][0] for i in range(8)])
+        assert run.packed is not None
+        assert evaluate(packed, data.val, len(data.classes)).accuracy == run.packed.accuracy
+        with torch.no_grad():
+            assert torch.allclose(packed(x), rounded(loaded.model)(x), atol=1e-4)
+
+    def test_norms_are_means_over_training_pictures(self, data: Dataset, model: nn.Module, tmp_path: Path) -> None:
+        et.compress(model, data, ADDER, out=tmp_path, **{**FEW, "epochs": 1})
+        again = copy.deepcopy(model)
+        estimate_norms(again, [x for x, _ in batches(data.train, 8)])
+        for name, tensor in model.state_dict().items():
+            assert torch.allclose(tensor, again.state_dict()[name], rtol=1e-5), name
+
+    def test_frozen_norms_stay(self, data: Dataset, model: nn.Module, tmp_path: Path) -> None:
+        graph = trace(model, torch.zeros(1, 1, 32, 32))
+        plan = recipe(graph, ADDER).plan.model_copy(update={"norms": "frozen"})
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "running" in name}
+        et.train(model, data, plan, out=tmp_path, **{**FEW, "epochs": 1})
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+        assert all(method.range for method in load_run(tmp_path).plan.arithmetic().values())
+
+    def test_a_kill_while_any_of_its_files_is_written_changes_nothing(
+        self, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    ) -> None:
+        few = {**FEW, "epochs": 1, "take": ["stem"]}
+        whole, written = self._die(tmp_path / "whole", 0, data, monkeypatch, **few), self.writes
+        wanted = load_run(tmp_path / "whole", signed())
+        assert whole is not None
+        # the last ones: plan trained by, plan fitted, weights, packed, run.json twice
+        for write in range(written - 5, written + 1):
+            out = tmp_path / f"cut-{write}"
+            assert self._die(out, write, data, monkeypatch, costs=whole.costs, **few) is None
+            agree(out, data)
+            assert read_run(out).status == "running"
+            assert (out / "trained.json").exists() == (write > written - 5)
+            resume(out, model=signed(), data=data)
+            found = load_run(out, signed())
+            assert found.run.accuracy_after == whole.accuracy_after and found.plan == wanted.plan
+            assert found.run.plan_digest == whole.plan_digest and not (out / "trained.json").exists()
+            for name, tensor in wanted.model.state_dict().items():
+                assert torch.equal(tensor, found.model.state_dict()[name]), name
+
+    def _die(self, out: Path, write: int, data: Dataset, monkeypatch: pytest.MonkeyPatch, **few: Any) -> et.Run | None:
+        """A run that is killed as its `write`-th file takes its place; `writes` is how many have."""
+        self.writes, replace = 0, os.replace
+
+        def wrapped(*given: Any, **named: Any) -> None:
+            self.writes += 1
+            if self.writes == write:
+                raise Killed
+            replace(*given, **named)
+
+        with monkeypatch.context() as patch, suppress(Killed):
+            patch.setattr(os, "replace", wrapped)
+            return et.compress(signed(), data, ADDER, out=out, **few)
+        return None
+
+    def test_an_interruption_while_it_is_fitted(
+        self, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    ) -> None:
+        def stop(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        few = {**FEW, "epochs": 1, "take": ["stem"]}
+        whole, ours = et.compress(signed(), data, ADDER, out=tmp_path / "whole", **few), signed()
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr("edgetune.job.evaluate", stop)
+            et.compress(ours, data, ADDER, out=tmp_path / "cut", costs=whole.costs, **few)
+        assert read_run(tmp_path / "cut").status == "interrupted"
+        assert not arithmetic_layers(ours)
+        run = resume(tmp_path / "cut", model=ours, data=data)
+        assert run.accuracy_after == whole.accuracy_after and run.plan_digest == whole.plan_digest
+
+
+class Killed(BaseException):
+    """Stands for a kill: nobody catches it, so nothing more is written."""
+
+
+def agree(folder: Path, data: Dataset) -> None:
+    """Plan and weights that a run is loaded with belong together: norms fit the ranges, or are those of training."""
+    loaded = load_run(folder, signed())
+    if not all(method.range for method in loaded.plan.arithmetic().values()):
+        return
+    again = copy.deepcopy(loaded.model)
+    estimate_norms(again, [x for x, _ in batches(data.train, 8)])
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.allclose(tensor, again.state_dict()[name], rtol=1e-4), name

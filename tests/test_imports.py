@@ -22,7 +22,7 @@ LINE = [
     "hosts", "methods", "quantize", "fold", "route", "rewire", "packed", "claims", "apply", "allocator", "scratch",
     "outcome", "meter", "update", "hold", "profile", "stopwatch", "draft", "alone", "calibrate", "knapsack", "prospect",
     "timeline", "cuts", "stretches", "plan", "reasons", "front", "sparse", "lowrank", "models", "data", "cache",
-    "frozen", "costs", "distil", "run", "loop", "job", "train", "compress", "report", "bench", "doctor", "cli",
+    "frozen", "costs", "distil", "fit", "run", "loop", "job", "train", "compress", "report", "bench", "doctor", "cli",
     "__main__",
 ]  # fmt: skip
 BASICS = {"errors", "units", "shapes", "record"}

@@ -11,8 +11,9 @@ from torch import nn
 
 import edgetune as et
 from edgetune.apply import rewrite
-from edgetune.compress import estimate_norms, quantize_layers, recipe
+from edgetune.compress import quantize_layers, recipe
 from edgetune.errors import PlanError
+from edgetune.fit import estimate_norms
 from edgetune.hosts.arithmetic import arithmetic_layers
 from edgetune.methods.arithmetic.addernet import AdderNet
 from edgetune.methods.arithmetic.quantized_adder import QuantizedAdder

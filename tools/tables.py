@@ -188,12 +188,10 @@ def arithmetic(suite: str, where: Callable[[Row], bool]) -> Table:
     )
 
 
-TABLES = {
-    "binary": arithmetic("binary", lambda row: row["batch"] == 1 and row["method"].startswith("bits")),
-    "binary-other": arithmetic("binary", lambda row: row["batch"] == 1 and not row["method"].startswith("bits")),
-    "binary-batch": arithmetic("binary", lambda row: row["batch"] == 8 and row["method"] == "bits to floats"),
-    "binary-whole": Table(
-        suite="binary",
+def whole(suite: str) -> Table:
+    """Packed networks against their float originals."""
+    return Table(
+        suite=suite,
         where=lambda row: "whole" in row["case"],
         key=("case", "method", "batch", "threads"),
         columns={
@@ -207,7 +205,15 @@ TABLES = {
             "to the best": number("speedup", 1, "x"),
             "smaller file": number("ratio", 1, "x"),
         },
-    ),
+    )
+
+
+TABLES = {
+    "binary": arithmetic("binary", lambda row: row["batch"] == 1 and row["method"].startswith("bits")),
+    "binary-other": arithmetic("binary", lambda row: row["batch"] == 1 and not row["method"].startswith("bits")),
+    "binary-batch": arithmetic("binary", lambda row: row["batch"] == 8 and row["method"] == "bits to floats"),
+    "binary-whole": whole("binary"),
+    "adder-whole": whole("adder"),
     "adder": arithmetic("adder", lambda row: True),
     "arithmetic": Table(
         suite="arithmetic",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from torch import nn
 from edgetune.contract import ArithmeticMethod, Plan
 from edgetune.data import Dataset, batches
 from edgetune.errors import PlanError
-from edgetune.graph import Call, Graph, evaluating, trace
+from edgetune.fit import estimate_norms, fit_layers
+from edgetune.graph import Call, Graph, trace
 from edgetune.hosts.arithmetic import arithmetic_layers
 from edgetune.recognise import ARITHMETIC
 from edgetune.run import Run, device_of
@@ -113,36 +113,8 @@ def quantize_layers(model: nn.Module, method: ArithmeticMethod, batches: Sequenc
     layers = arithmetic_layers(model)
     if not layers:
         raise PlanError(f"the network has no layers that {method.method} could follow: compress it first")
-    fitted = dict.fromkeys(layers, method)
-    hooks = [layer.register_forward_pre_hook(partial(_fit, fitted, name)) for name, layer in layers.items()]
-    try:
-        with evaluating(model), torch.no_grad():
-            for x in batches:
-                model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, layer in layers.items():
-        layer.take(fitted[name])
+    fit_layers(model, dict.fromkeys(layers, method), batches)
     estimate_norms(model, batches)
-
-
-def _fit(fitted: dict[str, ArithmeticMethod], name: str, layer: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-    fitted[name] = fitted[name].fitted(given[0])
-
-
-def estimate_norms(model: nn.Module, batches: Sequence[torch.Tensor]) -> None:
-    """Estimate the running statistics of all batch norms anew, as the means over `batches` x (n c h w)."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    before = [norm.momentum for norm in norms]
-    with evaluating(model), torch.no_grad():
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum, norm.training = None, True  # None: every batch counts alike
-        for x in batches:
-            model(x)
-    for norm, momentum in zip(norms, before, strict=True):
-        norm.momentum = momentum
 
 
 def _check_names(convs: Collection[str], skip: Collection[str], take: Collection[str]) -> None:

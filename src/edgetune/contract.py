@@ -6,7 +6,8 @@ A method is a frozen settings record with a name. It comes in one of three shape
                     grad_input(g, weight, geometry) -> gx;  grad_weight(kept, g, geometry) -> gw
     SegmentMethod   claim(graph, plan) -> segments, each with a Rule: forward -> outputs, kept; backward -> gradients
     ArithmeticMethod    quantize_weight(weight, progress), quantize_activation(x, progress), with gradients of their
-                    own, and convolve(x, weight, geometry, progress) -> y: the layer's answer changes
+                    own, and convolve(x, weight, geometry, progress) -> y: the layer's answer changes; with `fits`
+                    fitted(x) -> settings, once the layer is trained; unpacked() -> why it has no packed form
 
 A KeptMethod stands beside the first two: it says how what is kept is held, as `codec(state)` does, or what of it is
 not held but made again.
@@ -244,6 +245,8 @@ class ArithmeticMethod(Method):
     """How a network by this method is trained unless someone says otherwise: settings of `edgetune.train`."""
     clips: ClassVar[bool] = False
     """Whether activations in front become clips to -1 and 1, and pools move in front of their norms."""
+    fits: ClassVar[bool] = False
+    """Whether settings are fitted to what a trained layer reads (`fitted`), and norms estimated anew after that."""
 
     @property
     def weight_bits(self) -> int:
@@ -274,6 +277,10 @@ class ArithmeticMethod(Method):
                  progress: torch.Tensor) -> torch.Tensor:
         """x (n c h w), weight (o i u v) -> y (n o p q), differentiable: the layer's answer but for its bias."""
         raise TypeError(f"method '{self.method}' declares no convolve")
+
+    def unpacked(self) -> str | None:
+        """Why a layer by these settings has no packed form, as "reason: way out", or None where it has one."""
+        return "has no packed form: run the network as it was trained"
 
     def fitted(self, x: torch.Tensor) -> ArithmeticMethod:
         """The same method, its settings fitted to a batch x (n c h w) of what the layer reads, beside those before."""

@@ -6,9 +6,10 @@ Whatever stops it, what was reached is in the folder, from which `edgetune.train
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from edgetune.apply import Undo, apply, rewrite
 from edgetune.cache import FILES, Sight, open_features
 from edgetune.contract import Plan
 from edgetune.costs import planned_again, unrestrained
-from edgetune.data import Dataset
+from edgetune.data import Dataset, batches
 from edgetune.distil import distilled
 from edgetune.errors import DivergedError, ModelError, Refusal
+from edgetune.fit import fit
 from edgetune.frozen import Front, has_front, install, remove
 from edgetune.graph import evaluating
-from edgetune.hosts.binary import BinaryMethod
 from edgetune.loop import Leg, Loss, Position, Progress
 from edgetune.packed import PackedNetwork, pack
 from edgetune.run import (
@@ -33,6 +34,7 @@ from edgetune.run import (
     PLAN,
     RUN,
     TEACHER,
+    TRAINED,
     WEIGHTS,
     Interrupted,
     PackedFile,
@@ -40,6 +42,7 @@ from edgetune.run import (
     Run,
     State,
     device_of,
+    digest,
     evaluate,
     fill,
     read_tensors,
@@ -48,6 +51,8 @@ from edgetune.run import (
 )
 
 PLANNED, PLAIN = "planned.checkpoint", "plain.checkpoint"
+FITTED_ON = 1024
+"""Training pictures, or a few more, that settings and norms are fitted to."""
 OnFinish = Callable[[Path, Run], None]
 
 
@@ -105,7 +110,7 @@ class Job:
         if front is not None:
             front.save(self.folder / FROZEN)
         state, start = self.model.state_dict(), Position().model_dump_json()
-        write_tensors(self.folder / WEIGHTS, state)
+        write_tensors(self.folder / WEIGHTS, state, self.run.plan_digest)
         for checkpoint, first in ((PLANNED, state), *([(PLAIN, plain)] if self.run.plain else [])):
             write_tensors(self.folder / checkpoint, {f"model/{name}": t for name, t in first.items()}, start)
         self.note()
@@ -131,6 +136,7 @@ class Job:
                     self.model.eval().zero_grad()
                 if self.run.plain:
                     self._train_plain(self.run.plain)
+                fitted = self._fit()
         except KeyboardInterrupt as stop:
             if not has_front(self.model):
                 rewritten()
@@ -146,17 +152,39 @@ class Job:
                 f"the last good weights are in '{self.folder}'"
             ) from failure
         self._pack()
-        self.note(status="finished")
-        for file in (self.folder / PLANNED, self.folder / PLAIN, *self.folder.glob(FILES)):
+        self.note(status="finished", **fitted)
+        for file in (self.folder / PLANNED, self.folder / PLAIN, self.folder / TRAINED, *self.folder.glob(FILES)):
             if file.is_file():
                 file.unlink()
         if self.on_finish is not None:
             self.on_finish(self.folder, self.run)
         return self.run
 
+    def _fit(self) -> dict[str, Any]:
+        """Fit the trained network where its methods ask for it; returns what changes in the record.
+
+        The plan it was trained by is written first, and last the weights, which say whose they are: a run that is
+        stopped in between is loaded, and gone on with, as one that was just trained.
+        """
+        size, trained = self.run.settings.batch_size, self.plan
+        self.plan = fit(self.model, trained, self._to_fit)
+        if self.plan is trained:
+            return {}
+        trained.save(self.folder / TRAINED)
+        self.plan.save(self.folder / PLAN)
+        write_tensors(self.folder / WEIGHTS, self.model.state_dict(), digest(self.plan))
+        score = evaluate(self.model, self.data.val, len(self.data.classes), size)
+        return {"plan_digest": digest(self.plan), "accuracy_after": score.accuracy}
+
+    def _to_fit(self) -> Iterator[torch.Tensor]:
+        """Training pictures as they are, in batches x (n c h w)."""
+        size = self.run.settings.batch_size
+        some = islice(batches(self.data.train, size, seed=self.run.settings.seed), -(-FITTED_ON // size))
+        return (x.to(device_of(self.model)) for x, _ in some)
+
     def _pack(self) -> None:
-        """Leave the packed network beside the weights, where the plan has binary layers."""
-        if not any(isinstance(method, BinaryMethod) for method in self.plan.arithmetic().values()):
+        """Leave the packed network beside the weights, where the plan has layers that can be packed."""
+        if all(method.unpacked() is not None for method in self.plan.arithmetic().values()):
             return
         try:
             packed = pack(copy.deepcopy(self.model).cpu(), self.plan.input_shape)
@@ -183,7 +211,7 @@ class Job:
 
     def _train_planned(self) -> None:
         def saved(at: Position) -> None:
-            write_tensors(self.folder / WEIGHTS, self.model.state_dict())
+            write_tensors(self.folder / WEIGHTS, self.model.state_dict(), self.run.plan_digest)
             self.note(epochs=at.epochs, cached=leg.cached() or self.run.cached)
 
         leg = self._leg(self.model.train(), PLANNED, saved)

@@ -1,11 +1,12 @@
 """Run: what happened in one training, and the folder with enough to predict, evaluate, resume and ship from.
 
     run.json              the Run record; written last when a run starts, so where it is, the rest is too
-    plan.json             the Plan, as a person can read it
+    plan.json             the Plan, as a person can read it; at the end with what was fitted after the training
+    trained.json          the Plan as it was trained, from when the other is fitted until the run has finished
     frozen.safetensors    the frozen part in integers, where the run has one (`edgetune.frozen`)
     teacher.safetensors   the float network that another learns from, where the run has one (`edgetune.distil`)
     weights.safetensors   the whole state_dict, the last good one
-    packed.safetensors    the network on bit kernels, where it has binary layers (`edgetune.packed`)
+    packed.safetensors    the network on kernels of few bits, where it has such layers (`edgetune.packed`)
     *.checkpoint          all that going on needs, in one file, so that no two of its parts can disagree
 
 Every file is replaced whole or not at all.
@@ -41,7 +42,8 @@ from edgetune.graph import evaluating
 from edgetune.models import head_classes, load_model, replace_head
 from edgetune.record import Record, atomic_write
 
-RUN, PLAN, WEIGHTS, FROZEN = "run.json", "plan.json", "weights.safetensors", "frozen.safetensors"
+RUN, PLAN, TRAINED = "run.json", "plan.json", "trained.json"
+WEIGHTS, FROZEN = "weights.safetensors", "frozen.safetensors"
 TEACHER, PACKED = "teacher.safetensors", "packed.safetensors"
 State = dict[str, torch.Tensor]
 
@@ -135,7 +137,7 @@ class PackedFile(Record):
 class Run(Record):
     """One training. `epochs` holds the curves, `versions` what it ran on, accuracies lie between 0 and 1;
     `cached` is what the cache did for the planned training, `frozen` what became of the part in integers, `packed` what
-    came of binary layers."""
+    came of layers of few bits."""
 
     status: Literal["running", "interrupted", "diverged", "finished"]
     started: str
@@ -179,13 +181,14 @@ def fresh_folder(parent: str | Path, stem: str) -> Path:
 
 def sweep(folder: Path) -> None:
     """Remove what a kill in the middle of writing leaves behind: halves of files under hidden names."""
-    for name in (RUN, PLAN, WEIGHTS, FROZEN, TEACHER, PACKED, "*.checkpoint"):
+    for name in (RUN, PLAN, TRAINED, WEIGHTS, FROZEN, TEACHER, PACKED, "*.checkpoint"):
         for half in folder.glob(f".{name}.*"):
             half.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: State, about: str = "") -> None:
-    """Write tensors, and a text about them, as one safetensors file. Raises RunError when it cannot."""
+    """Write tensors, and a text about them, as one safetensors file; of weights it is the digest of their plan. Raises
+    RunError when it cannot."""
     whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     atomic_write(path, safetensors_torch.save(whole, {"about": about}))
 
@@ -226,6 +229,11 @@ def read_run(path: str | Path) -> Run:
     return Run.load(folder / RUN)
 
 
+def plan_trained(folder: Path) -> Plan:
+    """The plan that a run trains by, whether or not the one in its folder is fitted already."""
+    return Plan.load(folder / (TRAINED if (folder / TRAINED).is_file() else PLAN))
+
+
 def load_run(path: str | Path, model: nn.Module | None = None) -> LoadedRun:
     """A run folder with its network, in evaluation mode.
 
@@ -234,11 +242,14 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> LoadedRun:
     Raises RunError when a file is missing, garbled or of another network, ModelError when it cannot be built.
     """
     folder, run = Path(path), read_run(path)
-    plan = Plan.load(folder / PLAN)
+    state, of_plan = read_tensors(folder / WEIGHTS)
+    plan = plan_trained(folder)
+    if digest(plan) != of_plan:
+        plan = Plan.load(folder / PLAN)
     model = build(run) if model is None else model
     rewrite(model, plan)
     restore(model, folder / FROZEN, run.frozen)
-    fill(model, read_tensors(folder / WEIGHTS)[0], folder / WEIGHTS)
+    fill(model, state, folder / WEIGHTS)
     return LoadedRun(folder=folder, run=run, plan=plan, model=model.eval())
 
 

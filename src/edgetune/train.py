@@ -41,6 +41,7 @@ from edgetune.run import (
     evaluate,
     fill,
     open_data,
+    plan_trained,
     read_run,
     read_tensors,
     versions,
@@ -179,7 +180,7 @@ def resume(
     folder, run = Path(path), read_run(path)
     if run.status in _OVER:
         raise RunError(f"run '{path}' {_OVER[run.status]}")
-    plan = Plan.load(folder / PLAN)
+    plan = plan_trained(folder)
     if digest(plan) != run.plan_digest:
         raise RunError(
             f"'{folder / PLAN}' was edited after the run began: put it back as it was, "

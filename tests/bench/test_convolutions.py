@@ -9,6 +9,7 @@ import torch
 
 from edgetune.bench import adder, binary, timing, whole
 from edgetune.bench.convolutions import RESNET18, Drawn, Shape
+from edgetune.contract import ArithmeticMethod
 from edgetune.methods.arithmetic.xnor import XNOR
 
 SHAPES = (
@@ -20,8 +21,7 @@ SHORT: dict[str, Any] = {"batches": (1, 2), "threads": (1,), "rounds": 1, "turn_
 
 @pytest.mark.parametrize("suite", [binary, adder], ids=["binary", "adder"])
 def test_every_layer_and_method_has_a_row_whose_answer_is_exact(suite: Any) -> None:
-    alone = {"networks": ()} if suite is binary else {}
-    found = suite.run(suite.Options(shapes=SHAPES, **SHORT, **alone))
+    found = suite.run(suite.Options(shapes=SHAPES, networks=(), **SHORT))
     rows = found["rows"]
     methods = {row["method"] for row in rows}
     assert len(rows) == len(methods) * len(SHAPES) * 2 and len(methods) >= 3
@@ -33,7 +33,7 @@ def test_every_layer_and_method_has_a_row_whose_answer_is_exact(suite: Any) -> N
 
 
 def test_additions_of_bytes_are_compared_with_those_of_floats() -> None:
-    rows = adder.run(adder.Options(shapes=SHAPES[:1], **SHORT))["rows"]
+    rows = adder.run(adder.Options(shapes=SHAPES[:1], networks=(), **SHORT))["rows"]
     alone = next(row for row in rows if row["method"] == adder.FLOAT)
     for row in rows:
         if row["method"] != adder.FLOAT and row["batch"] == alone["batch"]:
@@ -53,8 +53,13 @@ def test_quick_takes_one_round_of_small_layers() -> None:
     assert {row["case"].split()[0] for row in found["rows"]} == {"tiny"}
 
 
-def test_a_whole_network_is_packed_small_and_answers_alike() -> None:
-    row = whole.measure(whole.Network(name="resnet20", size=32), XNOR(), batch=2, threads=1, rounds=1, clock="cpu",
-                        seed=0, compiles=False)
-    assert row["exact"] and row["ratio"] > 10 and row["speedup"] == row["baseline_ms"] / row["method_ms"]
-    assert row["baseline"] in ("contiguous", "channels last")
+@pytest.mark.parametrize(("methods", "ratios"), [((XNOR(),), (10,)), (adder.METHODS, (3.5, 6))],
+                         ids=["binary", "adder"])
+def test_a_whole_network_is_packed_small_and_answers_alike(methods: tuple[ArithmeticMethod, ...],
+                                                           ratios: tuple[float, ...]) -> None:
+    rows = whole.measure(whole.Network(name="resnet20", size=32), methods, batch=2, threads=1, rounds=1, clock="cpu",
+                         seed=0, compiles=False)
+    assert [row["method"] for row in rows] == [f"packed {method.label}" for method in methods]
+    for row, ratio in zip(rows, ratios, strict=True):
+        assert row["exact"] and row["ratio"] > ratio and row["speedup"] == row["baseline_ms"] / row["method_ms"]
+        assert row["baseline"] in ("contiguous", "channels last")

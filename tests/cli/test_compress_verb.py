@@ -47,6 +47,21 @@ class TestCompress:
         (settings,) = json.loads((tmp_path / "run" / "plan.json").read_text())["layers"]["features.4.0"]
         assert (settings["method"], settings["t_max"], settings["activations"]) == ("dir_net", 2.0, False)
 
+    def test_a_network_of_additions_in_few_bits(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        told = answer("compress", *QUICK, "--method", "quantized_adder", "--set", "bits=4", "--out", folder)
+        layer = next(row for row in told["layers"] if row["layer"] == "features.4.0")
+        assert layer["weight_bits"] == 4 and layer["packed_bytes"] == layer["float_bytes"] / 8
+        layers = json.loads((folder / "plan.json").read_text())["layers"]
+        assert all(settings["bits"] == 4 and settings["range"] > 0 for (settings,) in layers.values())
+        assert {"run.json", "plan.json", "weights.safetensors", "packed.safetensors", "report.html"} == {
+            file.name for file in folder.iterdir()}
+        assert answer("eval", folder)["accuracy"] == told["accuracy_after"]
+        run = json.loads((folder / "run.json").read_text())
+        assert answer("eval", folder, "--packed")["accuracy"] == run["packed"]["accuracy"]
+        assert run["packed"]["file_bytes"] == (folder / "packed.safetensors").stat().st_size
+        assert "compute by quantized adder" in (folder / "report.html").read_text()
+
     def test_goes_on_after_an_interruption(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def stop(*_: object) -> None:
             raise KeyboardInterrupt

@@ -80,21 +80,35 @@ def adder_conv_u8(chosen: random.Random) -> tuple[Any, ...]:
             *geometry, chosen.choice([0, 0, 128, 255]))
 
 
-def adder_conv_u8_scaled(chosen: random.Random) -> tuple[Any, ...]:
-    x, filters, o, kernel, *geometry, value = adder_conv_u8(chosen)
-    p, q = windows(kernel, *geometry).out_size(*x.shape[2:])
-    more = torch.rand(x.shape[0], p, q) * 100 if chosen.random() < 0.6 else None
-    return x, filters, torch.randn(2 * o)[::2] / 1000, torch.randn(o), more, kernel, *geometry, value
+def adder_conv_steps(chosen: random.Random) -> tuple[Any, ...]:
+    x, (o, i, *kernel), (stride, pads, dilation, _) = _layer(chosen)
+    sizes = [o]
+    while sizes[-1] > 1 and chosen.random() < 0.6:
+        first = chosen.randint(1, sizes[-1] - 1)
+        sizes[-1:] = [first, sizes[-1] - first]
+    shape, top = (x[0], i, *x[2:]), chosen.choice([3, 15, 127, 255])
+    filters = torch.cat([fallback.adder_filters(torch.randint(0, top + 1, (size, i, *kernel), dtype=torch.uint8), 1)
+                         for size in sizes])
+    members = torch.randperm(o).to(torch.int32)
+    values = _numbers(shape, torch.float32, chosen, chosen.random() < 0.2)
+    step = (torch.rand(len(sizes)) + 0.2) * 3 / top
+    return (values, filters, members, step, torch.randn(2 * o)[::2], sizes, top, chosen.random() < 0.7, kernel, stride,
+            pads, dilation)
 
 
-ALL = adder_conv, adder_conv_input_gradient, adder_filters, adder_conv_u8, adder_conv_u8_scaled
+ALL = adder_conv, adder_conv_input_gradient, adder_filters, adder_conv_u8, adder_conv_steps
 
 
 def _wrong() -> list[Callable[[], Tensor]]:
     x, w, b, one = torch.ones(1, 4, 5, 5), torch.ones(3, 4, 3, 3), torch.zeros(1, 4, 5, 5, dtype=torch.uint8), [1, 1]
     f, no = torch.zeros(9 * 32, dtype=torch.uint8), [0] * 4
-    conv, many, scaled = kernels.adder_conv, torch.zeros(1, dtype=torch.uint8), kernels.adder_conv_u8_scaled
-    three, half = torch.ones(3), torch.ones(1, 3, 3, dtype=torch.float16)
+    conv, many = kernels.adder_conv, torch.zeros(1, dtype=torch.uint8)
+    three, one_step, order = torch.ones(3), torch.ones(1), torch.arange(3, dtype=torch.int32)
+
+    def steps(x: Tensor, filters: Tensor, members: Tensor, step: Tensor, shift: Tensor, sizes: list[int],
+              top: int) -> Tensor:
+        return kernels.adder_conv_steps(x, filters, members, step, shift, sizes, top, True, [3, 3], one, no, one)
+
     return [lambda: conv(x[0], w, one, no, one), lambda: conv(x, w[:, :3], one, no, one),
             lambda: conv(x, w, one, no, one, 3), lambda: conv(x, w, one, [0, 0], one),
             lambda: conv(x, w, [0, 1], no, one), lambda: conv(x, w, one, [-1, 0, 0, 0], one),
@@ -107,9 +121,18 @@ def _wrong() -> list[Callable[[], Tensor]]:
             lambda: kernels.adder_conv_u8(b, f[1:], 3, [3, 3], one, no, one),
             lambda: kernels.adder_conv_u8(b, f, 3, [3, 3], one, no, one, 1, 256),
             lambda: kernels.adder_conv_u8(b, f.float(), 3, [3, 3], one, no, one),
-            lambda: scaled(b, f, three, torch.ones(4), None, [3, 3], one, no, one),
-            lambda: scaled(b, f, three, three, torch.ones(1, 3, 2), [3, 3], one, no, one),
-            lambda: scaled(b, f, three, three, half, [3, 3], one, no, one),
+            lambda: steps(x, f, order, one_step, three, [3], 0),
+            lambda: steps(x, f, order, one_step, three, [3], 256),
+            lambda: steps(x, f[1:], order, one_step, three, [3], 9),
+            lambda: steps(x, f, order, three, three, [3], 9),
+            lambda: steps(x, f, order, three[:0], three, [], 9),
+            lambda: steps(x, f, order, three[:2], three, [3, 0], 9),
+            lambda: steps(x, f, order[:2], one_step, three, [3], 9),
+            lambda: steps(x[0], f, order, one_step, three, [3], 9),
+            lambda: steps(x, f, order, one_step, three[:2], [3], 9),
+            lambda: steps(x, f, order.long(), one_step, three, [3], 9),
+            lambda: steps(x.double(), f, order, one_step, three, [3], 9),
+            lambda: steps(x, f, order, one_step.half(), three, [3], 9),
             lambda: kernels.adder_conv_u8(many.expand(1, 2**20, 3, 3), many.expand(9 * 2**22), 3, [3, 3], one, no, one)]
 
 

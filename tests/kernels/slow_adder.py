@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,11 +63,22 @@ def slow_adder_conv_u8(x: Tensor, filters: Tensor, out_channels: int, kernel: li
     return _as_map(sums, x, kernel, stride, pads, dilation)
 
 
-def slow_adder_conv_u8_scaled(x: Tensor, filters: Tensor, scale: Tensor, shift: Tensor, more: Tensor | None,
-                              *others: Any) -> Tensor:
-    sums = slow_adder_conv_u8(x, filters, len(scale), *others)
-    sums = sums if more is None else sums + more.double()[:, None]
-    return scale.double()[:, None, None] * sums + shift.double()[:, None, None]
+def slow_adder_conv_steps(x: Tensor, filters: Tensor, members: Tensor, step: Tensor, shift: Tensor, sizes: list[int],
+                          top: int, exact: bool, *windows: list[int]) -> Tensor:
+    """Group by group; steps are counted in float32, where it is defined which of two is nearer."""
+    (kernel, stride, pads, dilation), parts = windows, dict[int, Tensor]()
+    taps, at = kernel[0] * kernel[1], [0, 0]
+    for size, one in zip(sizes, step, strict=True):
+        length = (size + 3) // 4 * taps * ((x.shape[1] + 7) // 8) * 32
+        counted = x.float() * one.reciprocal()
+        read, own = counted.round().clamp(0, top).nan_to_num(0), filters[at[0]:at[0] + length]
+        sums = slow_adder_conv_u8(read, own, size, kernel, stride, pads, dilation, 1, 0)
+        over = columns((counted - top).clamp(min=0), kernel, stride, pads, dilation, 1).sum((1, 2, 3))
+        sums = sums + over.reshape(len(x), 1, *sums.shape[2:]) if exact else sums
+        for k in range(size):
+            parts[int(members[at[1] + k])] = shift[at[1] + k].double() - one.double() * sums[:, k]
+        at = [at[0] + length, at[1] + size]
+    return torch.stack([parts[channel] for channel in range(len(members))], 1)
 
 
 def _as_map(sums: Tensor, x: Tensor, kernel: list[int], stride: list[int], pads: list[int],

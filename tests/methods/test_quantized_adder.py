@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edgetune.contract import ArithmeticMethod
 from edgetune.hosts.adder import differences
-from edgetune.methods.arithmetic.quantized_adder import QuantizedAdder, beyond, clusters, redistribute
+from edgetune.methods.arithmetic.quantized_adder import QuantizedAdder, clusters, redistribute
 from edgetune.overlap import ConvGeometry
 
 ONE = torch.ones(())
@@ -32,36 +32,53 @@ GEOMETRIES = [(3, 1, 1, 1), (1, 2, 0, 1), (3, 2, 2, 2)]
 
 @given(st.integers(0, 10_000), st.sampled_from([0.3, 1.0, 10.0]), st.sampled_from(GEOMETRIES))
 @settings(max_examples=25, deadline=None)
-def test_both_clamps_lose_nothing(seed: int, scale: float, how: tuple[int, int, int, int]) -> None:
+def test_the_clamps_lose_nothing(seed: int, scale: float, how: tuple[int, int, int, int]) -> None:
     layer = geometry(*how)
     x, weight = (t.double() for t in operands(layer, seed))
-    bias = -(weight.abs() - scale).clamp(min=0).sum((1, 2, 3))
-    clamped = differences(x.clamp(max=scale), weight.clamp(-scale, scale), layer)
-    # inputs beyond a scale are only exact for weights within it
-    found = clamped + bias.view(-1, 1, 1) - beyond(x, scale, layer)[:, None]
-    reached = differences(x.clamp(max=scale), weight, layer)
-    assert torch.allclose(clamped + bias.view(-1, 1, 1), reached, atol=1e-9)
-    assert torch.allclose(found, differences(x, weight.clamp(-scale, scale), layer) + bias.view(-1, 1, 1), atol=1e-9)
+    within = weight.clamp(0, scale)
+    # weights beyond a scale are only exact for inputs within it, and the other way round
+    found = differences(x.clamp(max=scale), within, layer) - (weight - within).abs().sum((1, 2, 3)).view(-1, 1, 1)
+    assert torch.allclose(found, differences(x.clamp(max=scale), weight, layer), atol=1e-9)
+    over = (x - scale).clamp(min=0)
+    beyond = -differences(over, torch.zeros_like(weight), layer)
+    assert torch.allclose(differences(x.clamp(max=scale), within, layer) - beyond, differences(x, within, layer),
+                          atol=1e-9)
 
 
+def by_the_formula(x: torch.Tensor, weight: torch.Tensor, layer: ConvGeometry, method: QuantizedAdder) -> torch.Tensor:
+    """The docstring's, in float64 with steps counted in float32."""
+    assert method.range is not None
+    steps, levels = redistribute(weight, method.bits, method.groups, method.range), 2**method.bits - 1
+    top, bottom, left, right = layer.pads
+    columns = F.unfold(F.pad(x, (left, right, top, bottom)), layer.kernel, layer.dilation, 0, layer.stride)
+    found = []
+    for o, (own, group) in enumerate(zip(weight, steps.group, strict=True)):
+        step = steps.step[group]
+        read, whole = ((v * step.reciprocal()).round().clamp(0, levels).double()
+                       for v in (columns, own.reshape(-1, 1)))
+        y, scale = -step.double() * (read - whole).abs().sum(1), levels * step.double()
+        y = y - (own.double() - own.double().clamp(min=0).minimum(scale)).abs().sum()
+        assert torch.allclose(steps.weight[o].flatten().double(), whole.flatten())
+        found.append(y - method.exact * (columns.double() - scale).clamp(min=0).sum(1))
+    return torch.stack(found, 1).view(len(x), -1, *layer.out_hw)
+
+
+@pytest.mark.parametrize("how", [(3, 2, 1, 1), (3, 1, 2, 2), (1, 1, 0, 1), (2, 3, 0, 1)])
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("bits", [2, 4, 5, 6, 7, 8])
-def test_kernels_give_what_the_formula_says(bits: int, exact: bool) -> None:
-    layer = geometry(stride=2)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_kernels_give_what_the_formula_says(bits: int, exact: bool, how: tuple[int, int, int, int]) -> None:
+    layer = geometry(*how)
     x, weight = operands(layer, bits)
     method = QuantizedAdder(bits=bits, groups=3, range=1.7, exact=exact)
     found = method.convolve(x, weight, layer, ONE).double()
-    for group in redistribute(weight, bits, 3, 1.7):
-        levels, step = 2**bits - 1, group.step
-        read = (x / step).round().clamp(0, levels).double()
-        assert group.steps.abs().max() <= 2 ** (bits - 1)
-        top, bottom, left, right = layer.pads
-        columns = F.unfold(F.pad(read, (left, right, top, bottom)), 3, stride=2)[:, None]
-        sums = (columns - 2 * group.steps.double().flatten(1)[None, :, :, None]).abs().sum(2)
-        expected = -step * sums + group.bias.double().view(1, -1, 1)
-        if exact:
-            expected = expected - beyond(x.double(), step * levels, layer).flatten(1)[:, None]
-        assert torch.allclose(found[:, group.members].flatten(2), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found, by_the_formula(x, weight, layer, method), rtol=1e-5, atol=1e-4)
+
+
+def test_filters_without_a_weight_above_0_are_sums() -> None:
+    layer = geometry()
+    x, weight = operands(layer, 5)
+    found = QuantizedAdder(bits=2, range=1.0).convolve(x, -weight.abs(), layer, ONE)
+    torch.testing.assert_close(found, differences(x, -weight.abs(), layer), rtol=1e-5, atol=2e-2)
 
 
 def test_more_bits_come_closer_and_the_exact_clamp_does_too() -> None:

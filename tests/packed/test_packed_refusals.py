@@ -11,11 +11,12 @@ from torch import nn
 
 from binary_nets import NETS, rewritten
 from edgetune.apply import rewrite
-from edgetune.contract import Plan
+from edgetune.contract import ArithmeticMethod, Plan
 from edgetune.errors import ModelError, Refusal
 from edgetune.graph import trace
 from edgetune.hosts.arithmetic import ArithmeticConv2d
 from edgetune.methods.arithmetic.addernet import AdderNet
+from edgetune.methods.arithmetic.quantized_adder import QuantizedAdder
 from edgetune.methods.arithmetic.xnor import XNOR
 from edgetune.models import load_model
 from edgetune.overlap import ConvGeometry
@@ -63,17 +64,20 @@ def test_refused_by_name(after: After, told: str) -> None:
         pack(model, SHAPE)
 
 
-def test_a_network_without_binary_layers() -> None:
-    with pytest.raises(ModelError, match="no binary layer: rewrite it by xnor or dir_net first"):
+def test_a_network_without_layers_of_few_bits() -> None:
+    with pytest.raises(ModelError, match="no layer of few bits: rewrite it by xnor, dir_net or quantized_adder first"):
         pack(load_model("digits_net"), (1, 1, 32, 32))
 
 
-def test_a_layer_of_other_arithmetic() -> None:
+@pytest.mark.parametrize(("method", "told"), [
+    (AdderNet(), "addernet, which subtracts numbers in float: let it compute in few bits, `edgetune.compress.quan"),
+    (QuantizedAdder(), "quantized_adder, which takes the range of every batch anew: fit it to pictures, `edgetune.")])
+def test_a_layer_without_a_packed_form(method: ArithmeticMethod, told: str) -> None:
     build, layers = NETS["residual"]
     model = build()
-    plan = {layers[0]: (XNOR(),), layers[1]: (AdderNet(),)}
+    plan = {layers[0]: (XNOR(),), layers[1]: (method,)}
     rewrite(model, Plan(input_shape=SHAPE, layers=plan), trace(model, torch.zeros(SHAPE)))
-    with pytest.raises(Refusal, match=r"layer 'body\.1\.conv2' computes by addernet, whose weights are not of one bit"):
+    with pytest.raises(Refusal, match=rf"layer 'body\.1\.conv2' computes by {told}"):
         pack(model, SHAPE)
 
 

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 
 from edgetune import kernels
 from edgetune.bench import timing, whole
-from edgetune.bench.convolutions import Candidate, ConvolutionOptions, Drawn, measure
+from edgetune.bench.convolutions import Candidate, Drawn, measure
 from edgetune.hosts.binary import layer_of, signs_of
 from edgetune.methods.arithmetic.xnor import XNOR
 
 SPEEDUPS = ("speedup", "int8_speedup", "gmac_s")
 
 
-class Options(ConvolutionOptions):
+class Options(whole.WholeOptions):
     """Which layers and which whole networks, how set, how long."""
 
     networks: tuple[whole.Network, ...] = (whole.Network(name="resnet18", size=224),)
@@ -72,15 +72,8 @@ def candidates(drawn: Drawn) -> Sequence[Candidate]:
 
 def run(options: Options | None = None, progress: Callable[[timing.Row], None] | None = None) -> timing.Result:
     """Measure every network and every layer; `progress` sees each row as soon as it is there."""
-    options, rows = options or Options(), list[timing.Row]()
-    for network in () if options.quick else options.networks:
-        for threads in options.threads:
-            for batch in options.batches:
-                rows.append(whole.measure(network, XNOR(), batch=batch, threads=threads, rounds=options.rounds,
-                                          clock=options.clock, seed=options.seed))
-                if progress is not None:
-                    progress(rows[-1])
-    return timing.result([*rows, *measure(candidates, options, progress)])
+    options = options or Options()
+    return timing.result([*whole.rows((XNOR(),), options, progress), *measure(candidates, options, progress)])
 
 
 def summarise(path: str) -> list[timing.Row]:

@@ -34,6 +34,11 @@ EXAMPLES = (
         "edgetune compress --model resnet20 --data photos --val-fraction 0.2 --method dir_net --set t_max=2",
         "another method, with one of its settings changed: see `edgetune explain dir_net`",
     ),
+    (
+        "edgetune compress --model resnet20 --data photos --weights runs/adder/weights.safetensors --method "
+        "quantized_adder --set bits=4",
+        "a network that a run with --method addernet has trained, in 4 bits",
+    ),
     ("edgetune compress --set activations=false --skip features.5.0", "binary weights alone, and a layer spared"),
     ("edgetune train --resume runs/resnet18-photos-1", "go on after an interruption"),
 )
@@ -141,7 +146,8 @@ def compress(
     """Rewrite a network so that its convolutions compute with few bits, and train it until it knows your pictures.
 
     The first convolution, the head, and what the method spares stay in float32. All layers learn, by the method's own
-    recipe where nothing else is said. The run folder is like that of `edgetune train`: `eval`, `predict`, `report`,
+    recipe where nothing else is said; what is then fitted, such as the ranges of quantized_adder, is fitted to training
+    pictures. The run folder is like that of `edgetune train`: `eval`, `predict`, `report`,
     `compare` and `edgetune train --resume` take it.
     """
     wanted = arithmetic_named(method, change or [])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     ("edgetune eval runs/flowers", "the run's own validation pictures"),
-    ("edgetune eval runs/signs --packed", "the packed network of `edgetune compress`, on bit kernels"),
+    ("edgetune eval runs/signs --packed", "the packed network of `edgetune compress`, on kernels of few bits"),
     ("edgetune eval runs/flowers --data more_photos --skip-bad-images", "other pictures of the same classes"),
 )
 
@@ -34,7 +34,7 @@ Data = Annotated[
 
 
 Packed = Annotated[
-    bool, typer.Option("--packed", help="Ask the packed network of a binary run, in place of the trained one.")
+    bool, typer.Option("--packed", help="Ask the packed network that `edgetune compress` left, not the trained one.")
 ]
 
 
@@ -83,7 +83,8 @@ def _packed(run: Path) -> nn.Module:
     from edgetune.run import PACKED
 
     if not (run / PACKED).is_file():
-        raise RunError(f"'{run}' has no {PACKED}: only networks with binary layers have one, see `edgetune compress`")
+        raise RunError(f"'{run}' has no {PACKED}: only networks with layers of few bits have one, see "
+                       "`edgetune compress`")
     return PackedNetwork(Packed.load(run / PACKED))
 
 

@@ -90,6 +90,9 @@ class BinaryMethod(ArithmeticMethod):
             return "is a shortcut, all that its block's input goes through"
         return None
 
+    def unpacked(self) -> str | None:
+        return None
+
     def slope(self, x: torch.Tensor, progress: torch.Tensor) -> torch.Tensor:
         """The surrogate's derivative of sign at x (n c h w)."""
         return clipped_slope(x)

@@ -36,8 +36,8 @@ from edgetune.kernels.ops import (
 from edgetune.kernels.ops_adder import (
     adder_conv,
     adder_conv_input_gradient,
+    adder_conv_steps,
     adder_conv_u8,
-    adder_conv_u8_scaled,
     adder_filters,
 )
 
@@ -54,8 +54,8 @@ __all__ = [
     "bit_weight_conv",
     "adder_conv",
     "adder_conv_input_gradient",
+    "adder_conv_steps",
     "adder_conv_u8",
-    "adder_conv_u8_scaled",
     "adder_filters",
     "bits_count",
     "bounded_decode",

@@ -39,7 +39,7 @@ OPS = ("patch_mean", "patch_spread", "mask_pack", "mask_apply", "mask_count", "b
        "masked_patch_mean", "norm_backward", "grid_products", "group_pack", "group_unpack", "max_pool",
        "max_pool_backward", "bounded_sizes", "bounded_encode", "bounded_decode", "sign_pack", "sign_unpack",
        "arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv", "affine_clip",
-       "adder_conv", "adder_conv_input_gradient", "adder_filters", "adder_conv_u8", "adder_conv_u8_scaled")
+       "adder_conv", "adder_conv_input_gradient", "adder_filters", "adder_conv_u8", "adder_conv_steps")
 
 
 class Status(Record):

@@ -37,7 +37,8 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "affine_clip": (P, P, P, P, F, F, P, P, N, N, N),
     "adder_conv": (P, P, P, P, P),
     "adder_conv_input_gradient": (P, P, P, P, P, P),
-    "adder_conv_u8": (P, P, P, P, P, P, P, P),
+    "adder_conv_u8": (P, P, P, P, P),
+    "adder_conv_steps": (P, P, P, P, P, P, P, P, P),
 }
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 

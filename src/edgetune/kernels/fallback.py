@@ -13,8 +13,8 @@ from edgetune.kernels import chance, meta
 from edgetune.kernels.fallback_adder import (
     adder_conv,
     adder_conv_input_gradient,
+    adder_conv_steps,
     adder_conv_u8,
-    adder_conv_u8_scaled,
     adder_filters,
 )
 from edgetune.kernels.fallback_binary import (
@@ -42,7 +42,7 @@ from edgetune.kernels.geometry import (
     memory_format,
 )
 
-__all__ = ["adder_conv", "adder_conv_input_gradient", "adder_conv_u8", "adder_conv_u8_scaled", "adder_filters",
+__all__ = ["adder_conv", "adder_conv_input_gradient", "adder_conv_u8", "adder_conv_steps", "adder_filters",
            "affine_clip", "arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign",
            "bit_weight_conv", "bounded_decode", "bounded_encode", "bounded_sizes", "sign_pack", "sign_unpack"]
 

@@ -76,6 +76,11 @@ def adder_filters(weight: Tensor, groups: int) -> Tensor:
     return apart.permute(0, 1, 5, 3, 2, 4).reshape(-1).contiguous()
 
 
+def _bytes_of(o: int, i: int, found: Windows) -> int:
+    """Of what adder_filters makes of so many filters."""
+    return ceil_div(o, QUAD) * ceil_div(i, OCTET) * QUAD * OCTET * len(found.taps())
+
+
 def _weight_of(filters: Tensor, o: int, i: int, found: Windows) -> Tensor:
     """What adder_filters was given: (o i u v)."""
     groups, taps = found.groups, found.kernel[0] * found.kernel[1]
@@ -93,9 +98,20 @@ def adder_conv_u8(x: Tensor, filters: Tensor, out_channels: int, kernel: Sequenc
     return sums.int().contiguous(memory_format=torch.channels_last)
 
 
-def adder_conv_u8_scaled(x: Tensor, filters: Tensor, scale: Tensor, shift: Tensor, more: Tensor | None,
-                         kernel: Sequence[int], stride: Sequence[int], pads: Sequence[int], dilation: Sequence[int],
-                         groups: int, pad_value: int) -> Tensor:
-    sums = adder_conv_u8(x, filters, len(scale), kernel, stride, pads, dilation, groups, pad_value).float()
-    y = scale[:, None, None] * (sums if more is None else sums + more[:, None]) + shift[:, None, None]
-    return y.contiguous(memory_format=torch.channels_last)
+def adder_conv_steps(x: Tensor, filters: Tensor, members: Tensor, step: Tensor, shift: Tensor, sizes: Sequence[int],
+                     top: int, exact: bool, kernel: Sequence[int], stride: Sequence[int], pads: Sequence[int],
+                     dilation: Sequence[int]) -> Tensor:
+    found, x = windows(kernel, stride, pads, dilation, 1), x.contiguous(memory_format=torch.channels_last)
+    out, each = found.out_size(*x.shape[2:]), filters.split([_bytes_of(size, x.shape[1], found) for size in sizes])
+    y = x.new_empty((x.shape[0], len(members), *out)).contiguous(memory_format=torch.channels_last)
+    for mine, own, own_shift, own_step in zip(each, members.long().split(list(sizes)), shift.split(list(sizes)), step,
+                                              strict=True):
+        weight, counted = _weight_of(mine, len(own), x.shape[1], found), x * own_step.reciprocal()
+        # float64 holds the sums exactly
+        read = _pad(counted.round().clamp(0, top).nan_to_num(0).double(), found)
+        sums = _distances(read, weight.double(), found, out).float()
+        if exact:
+            over = _pad((counted - top).clamp(min=0).sum(1, keepdim=True), found)
+            sums = sums + F.conv2d(over, over.new_ones((1, 1, *found.kernel)), None, found.stride, 0, found.dilation)
+        y[:, own] = own_shift[:, None, None] - own_step * sums
+    return y

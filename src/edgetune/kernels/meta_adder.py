@@ -57,25 +57,31 @@ def adder_conv_u8(x: Tensor, filters: Tensor, out_channels: int, kernel: Sequenc
     _check_bytes(filters)
     if not 0 <= pad_value <= 255:
         raise EdgetuneError(f"padding of {pad_value} isn't a byte: give 0 to 255")
-    if c // groups * taps * 255 > _LARGEST:
-        raise EdgetuneError(f"sums over {c // groups * taps} differences of bytes may not fit into int32: split the "
-                            "channels")
+    _check_sums(c // groups * taps)
     return torch.empty((n, out_channels, p, q), dtype=torch.int32, device=x.device,
                        memory_format=torch.channels_last)
 
 
-def adder_conv_u8_scaled(x: Tensor, filters: Tensor, scale: Tensor, shift: Tensor, more: Tensor | None,
-                         kernel: Sequence[int], stride: Sequence[int], pads: Sequence[int], dilation: Sequence[int],
-                         groups: int, pad_value: int) -> Tensor:
-    (o,) = expect(scale, "o")
-    sums = adder_conv_u8(x, filters, int(o), kernel, stride, pads, dilation, groups, pad_value)
+def adder_conv_steps(x: Tensor, filters: Tensor, members: Tensor, step: Tensor, shift: Tensor, sizes: Sequence[int],
+                     top: int, exact: bool, kernel: Sequence[int], stride: Sequence[int], pads: Sequence[int],
+                     dilation: Sequence[int]) -> Tensor:
+    n, c, h, w = expect(x, "n c h w")
+    p, q = windows(kernel, stride, pads, dilation, 1).out_size(h, w)
+    o, taps = sum(sizes), kernel[0] * kernel[1]
+    if not 1 <= top <= 255:
+        raise EdgetuneError(f"{top} isn't the last step that a byte holds: give 1 to 255")
+    if min(sizes, default=0) < 1 or filters.shape != (sum(_laid_out(size, c, taps, 1) for size in sizes),):
+        raise EdgetuneError(f"filters of shape {tuple(filters.shape)} aren't groups of {list(sizes)} filters of {c} "
+                            f"channels with a {kernel[0]}x{kernel[1]} kernel: give what adder_filters made of each")
+    expect(members, "o", o=o)
+    expect(step, "g", g=len(sizes))
     expect(shift, "o", o=o)
-    if more is not None:
-        expect(more, "n p q", n=sums.shape[0], p=sums.shape[2], q=sums.shape[3])
-    for factor in (scale, shift, more):
-        if factor is not None and factor.dtype != torch.float32:
-            raise EdgetuneError(f"a scale, shift or map of type {factor.dtype} doesn't scale sums: give float32")
-    return torch.empty_like(sums, dtype=torch.float32)
+    _check_bytes(filters)
+    for tensor, dtype in ((x, torch.float32), (members, torch.int32), (step, torch.float32), (shift, torch.float32)):
+        if tensor.dtype != dtype:
+            raise EdgetuneError(f"a tensor of type {tensor.dtype} stands where {dtype} is meant: give that")
+    _check_sums(c * taps)
+    return torch.empty((n, o, p, q), dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
 
 
 def _laid_out(o: int, i: int, taps: int, groups: int) -> int:
@@ -90,3 +96,8 @@ def _check_float(x: Tensor) -> None:
 def _check_bytes(x: Tensor) -> None:
     if x.dtype != torch.uint8:
         raise EdgetuneError(f"a tensor of type {x.dtype} isn't bytes: give uint8")
+
+
+def _check_sums(differences: int) -> None:
+    if differences * 255 > _LARGEST:
+        raise EdgetuneError(f"sums over {differences} differences of bytes may not fit into int32: split the channels")

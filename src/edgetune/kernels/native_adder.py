@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, get_num_threads
@@ -101,26 +101,31 @@ def adder_filters(out: Tensor, weight: Tensor, groups: int) -> bool:
     return False
 
 
-def adder_conv_u8(out: Tensor, x: Tensor, filters: Tensor, out_channels: int, *windows_and_padding: Any) -> bool:
-    return _sads(out, x, filters, None, None, None, *windows_and_padding)
-
-
-def adder_conv_u8_scaled(out: Tensor, x: Tensor, filters: Tensor, scale: Tensor, shift: Tensor, more: Tensor | None,
-                         *windows_and_padding: Any) -> bool:
-    return _sads(out, x, filters, scale.contiguous(), shift.contiguous(), None if more is None else more.contiguous(),
-                 *windows_and_padding)
-
-
-def _sads(out: Tensor, x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, more: Tensor | None,
-          kernel: Sequence[int], stride: Sequence[int], pads: Sequence[int], dilation: Sequence[int], groups: int,
-          pad_value: int) -> bool:
-    """Without a scale `out` is int32, else float32."""
+def adder_conv_u8(out: Tensor, x: Tensor, filters: Tensor, out_channels: int, kernel: Sequence[int],
+                  stride: Sequence[int], pads: Sequence[int], dilation: Sequence[int], groups: int,
+                  pad_value: int) -> bool:
     run = function("adder_conv_u8", torch.float32)
     if run is None or _empty(x, filters):
         return False
     found = windows(kernel, stride, pads, dilation, groups)
-    job = _job(tuple(x.shape), out.shape[1], found, _lanes(x.shape[1] // groups), pad_value)
+    job = _job(tuple(x.shape), out_channels, found, _lanes(x.shape[1] // groups), pad_value)
     scratch, x, filters = x.new_empty(job.framed), _last(x), filters.contiguous()
-    factors = [None if factor is None else factor.data_ptr() for factor in (scale, shift, more)]
-    run(x.data_ptr(), filters.data_ptr(), *factors, out.data_ptr(), scratch.data_ptr(), job.address, get_num_threads())
+    run(x.data_ptr(), filters.data_ptr(), out.data_ptr(), scratch.data_ptr(), job.address, get_num_threads())
+    return True
+
+
+def adder_conv_steps(out: Tensor, x: Tensor, filters: Tensor, members: Tensor, step: Tensor, shift: Tensor,
+                     sizes: Sequence[int], top: int, exact: bool, kernel: Sequence[int], stride: Sequence[int],
+                     pads: Sequence[int], dilation: Sequence[int]) -> bool:
+    run = function("adder_conv_steps", x.dtype)
+    if run is None or _empty(x, filters):
+        return False
+    found, (n, c, h, w), (p, q) = windows(kernel, stride, pads, dilation, 1), x.shape, out.shape[2:]
+    job = _job(tuple(x.shape), out.shape[1], found, _lanes(c), top, exact, len(sizes), *sizes)
+    framed = n * (pads[0] + h + pads[2]) * (pads[1] + w + pads[3])
+    bytes_ = filters.new_empty(len(sizes) * framed * _lanes(c))
+    beyond = x.new_empty(len(sizes) * (framed + n * p * q) if exact else 0)
+    x, filters, members, step, shift = _last(x), *(t.contiguous() for t in (filters, members, step, shift))
+    run(x.data_ptr(), filters.data_ptr(), members.data_ptr(), step.data_ptr(), shift.data_ptr(), out.data_ptr(),
+        bytes_.data_ptr(), beyond.data_ptr(), job.address, get_num_threads())
     return True

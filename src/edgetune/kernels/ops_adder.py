@@ -19,7 +19,7 @@ _adder_conv = _ops.adder_conv.default
 _adder_conv_input_gradient = _ops.adder_conv_input_gradient.default
 _adder_filters = _ops.adder_filters.default
 _adder_conv_u8 = _ops.adder_conv_u8.default
-_adder_conv_u8_scaled = _ops.adder_conv_u8_scaled.default
+_adder_conv_steps = _ops.adder_conv_steps.default
 
 
 def adder_conv(x: Tensor, weight: Tensor, stride: Sequence[int], pads: Sequence[int], dilation: Sequence[int],
@@ -54,12 +54,14 @@ def adder_conv_u8(x: Tensor, filters: Tensor, out_channels: int, kernel: Sequenc
     return _adder_conv_u8(x, filters, out_channels, kernel, stride, pads, dilation, groups, pad_value)
 
 
-def adder_conv_u8_scaled(x: Tensor, filters: Tensor, scale: Tensor, shift: Tensor, more: Tensor | None,
-                         kernel: Sequence[int], stride: Sequence[int], pads: Sequence[int], dilation: Sequence[int],
-                         groups: int = 1, pad_value: int = 0) -> Tensor:
-    """scale[o] (s + more) + shift[o] of the sums s that adder_conv_u8 gives: float32 (n o p q), channels last.
+def adder_conv_steps(x: Tensor, filters: Tensor, members: Tensor, step: Tensor, shift: Tensor, sizes: Sequence[int],
+                     top: int, exact: bool, kernel: Sequence[int], stride: Sequence[int], pads: Sequence[int],
+                     dilation: Sequence[int]) -> Tensor:
+    """A quantized adder layer: y = -step (sum |a - w| + over) + shift, float32 (n o p q), channels last.
 
-    scale and shift (o) are those of a layer with its norm folded in; more (n p q) is what clamping x took from all
-    filters' sums alike, in steps of x. All float32.
+    x is float32. Filters are in groups, `sizes` of each, with one step a group (g): a = round(x (1 / step)), half to
+    even, between 0 and `top` (1 to 255), and w whole steps in bytes. With `exact` over is the sum of
+    max(x (1 / step) - top, 0), else 0. `filters` is what adder_filters made of each group, one after the other;
+    `members` int32 (o) the channel of each filter in that order, `shift` (o) in that order too. Padding is x = 0.
     """
-    return _adder_conv_u8_scaled(x, filters, scale, shift, more, kernel, stride, pads, dilation, groups, pad_value)
+    return _adder_conv_steps(x, filters, members, step, shift, sizes, top, exact, kernel, stride, pads, dilation)

@@ -92,8 +92,8 @@ OPS |= _ops(meta_adder, fallback_adder, native_adder, {
     "adder_filters": "(Tensor weight, int groups) -> Tensor",
     "adder_conv_u8": f"(Tensor x, Tensor filters, int out_channels, int[] kernel, {_WINDOWS}, int pad_value) "
                      "-> Tensor",
-    "adder_conv_u8_scaled": "(Tensor x, Tensor filters, Tensor scale, Tensor shift, Tensor? more, "
-                            f"int[] kernel, {_WINDOWS}, int pad_value) -> Tensor",
+    "adder_conv_steps": "(Tensor x, Tensor filters, Tensor members, Tensor step, Tensor shift, int[] sizes, int top, "
+                        "bool exact, int[] kernel, int[] stride, int[] pads, int[] dilation) -> Tensor",
 })
 
 

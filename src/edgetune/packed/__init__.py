@@ -1,4 +1,5 @@
-"""Packed networks: a binary network on bit kernels, with the answer that it had in training, in one small file."""
+"""Packed networks: a network of few bits on kernels for them, with the answer that it had in training, in one small
+file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How weights lie in a packed network: as they are, as int8 with a scale a filter, or as bits with one."""
+"""How weights lie in a packed network: as they are, as int8 with a scale a filter, as bits with one, or as whole steps.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -37,6 +39,19 @@ def plain(weight: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Dense bits of filters of shape (o i u v), as kernels arrange them: int64 (o u v words)."""
     o, i, u, v = shape
     return kernels.plain_bits(weight, (o, i, u, v))
+
+
+def dense_steps(steps: torch.Tensor, bits: int) -> torch.Tensor:
+    """Whole numbers from 0 to 2^bits - 1 in `bits` bits each, in memory order, lowest first: uint8 (bytes,)."""
+    each = np.unpackbits(steps.contiguous().numpy().reshape(-1, 1), axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(each, bitorder="little"))
+
+
+def plain_steps(dense: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The other way: uint8 of that shape."""
+    count = torch.Size(shape).numel()
+    each = np.unpackbits(dense.contiguous().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+    return torch.from_numpy(np.packbits(each, axis=1, bitorder="little")).view(shape)
 
 
 def rounded(model: M) -> M:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from edgetune.contract import ArithmeticMethod
 from edgetune.errors import Refusal
 from edgetune.graph import Call, Graph
 from edgetune.hosts.binary import BinaryMethod
@@ -37,10 +38,12 @@ class Step:
     groups: int | None = None
 
 
-def fuse(graph: Graph, binary: Mapping[str, BinaryMethod]) -> tuple[Step, ...]:
-    """The steps in order; `binary` names the binary layers. Raises Refusal naming the first call without a step."""
+def fuse(graph: Graph, methods: Mapping[str, ArithmeticMethod]) -> tuple[Step, ...]:
+    """The steps in order; `methods` has those of arithmetic layers by name. Raises Refusal naming the first call that
+    has no step."""
     for call in graph.calls:
-        _refuse(graph, call, binary)
+        _refuse(graph, call, methods)
+    binary = {name: method for name, method in methods.items() if isinstance(method, BinaryMethod)}
     readings = Readings(_without(graph, _VANISHES), binary)
     graph = readings.graph
     runs = {run[0].node: run for run in map(readings.run_of, graph.layers(ARITHMETIC)) if run}
@@ -73,7 +76,7 @@ class Readings:
 
     def reads_bits(self, call: Call) -> bool:
         """Whether a call is a layer that reads signs."""
-        return call.kind == ARITHMETIC and self.binary[call.name].activations
+        return call.name in self.binary and self.binary[call.name].activations
 
     def reads_map(self, call: Call) -> bool:
         """Whether a call needs more of what it reads than signs."""
@@ -194,11 +197,12 @@ def _without(graph: Graph, kinds: Collection[str]) -> Graph:
         call.model_copy(update={"consumers": readers[call.node]}) for call in kept)})
 
 
-def _refuse(graph: Graph, call: Call, binary: Mapping[str, BinaryMethod]) -> None:
+def _refuse(graph: Graph, call: Call, methods: Mapping[str, ArithmeticMethod]) -> None:
     way_out = "replace the layer, or run the network as it was trained"
     refuse_unfollowed(graph, call)
-    if call.kind == ARITHMETIC and call.name not in binary:
-        raise Refusal(call.name, f"computes by {call.function}, whose weights are not of one bit", way_out)
+    if call.kind == ARITHMETIC and (reason := methods[call.name].unpacked()) is not None:
+        head, _, other = reason.partition(": ")
+        raise Refusal(call.name, f"computes by {call.function}, which {head}", other or way_out)
     if call.kind not in (*_ALONE, *_POINTWISE, *_VANISHES, "input", "output"):
         raise Refusal(call.name, f"is a {call.function}, which has no step in a packed network", way_out)
     if call.kind == "flatten" and (len(call.inputs) != 1 or len(call.out_shape) != 2):

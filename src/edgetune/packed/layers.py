@@ -45,6 +45,9 @@ class Layer(Frozen):
         """What it needs of the file, by role."""
         return {}
 
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises ValueError where its tensors, right in type and shape, hold what cannot be."""
+
     def makes(self, given: tuple[Channels, ...]) -> dict[str, Channels]:
         """What it makes of such values, by name. Raises ValueError where it cannot read them."""
         return {self.name: _map(given[0])}
@@ -129,6 +132,34 @@ class BinarySign(Binary):
         ((channels, _),) = super().makes(given).values()
         _agree(channels % self.groups, 0)
         return {self.name + BITS: (channels, self.groups)}
+
+
+class Adder(Layer):
+    """A convolution by additions alone, of a map whose values are at least 0: filters in whole steps of `bits` bits, in
+    `groups` groups with a step each; with `exact`, values beyond the last step count in full."""
+
+    op: Literal["adder"] = "adder"
+    geometry: Geometry
+    bits: int = Field(ge=2, le=8)
+    groups: int = Field(ge=1, le=256)
+    exact: bool = True
+    bias: bool = False
+
+    def tensors(self) -> Expected:
+        shape = filter_shape(self.geometry)
+        floats = ("shift", "bias") if self.bias else ("shift",)
+        return {"weight": (torch.uint8, (_bytes(shape, self.bits),)), "group": (torch.uint8, shape[:1]),
+                "step": (torch.float32, (self.groups,)), **dict.fromkeys(floats, (torch.float32, shape[:1]))}
+
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        found = tensors["group"].unique().tolist()
+        if found != list(range(self.groups)):
+            raise ValueError(f"filters are in groups {found}, and there are {self.groups}, from 0 on")
+
+    def makes(self, given: tuple[Channels, ...]) -> dict[str, Channels]:
+        _agree(given[0], (self.geometry.in_channels, None))
+        _agree(self.geometry.groups, 1)
+        return {self.name: (self.geometry.out_channels, None)}
 
 
 class Pointwise(Layer):
@@ -279,9 +310,9 @@ def _weights(shape: tuple[int, ...], coding: Coding, bias: bool) -> Expected:
     return kinds[coding] | ({"bias": (torch.float32, shape[:1])} if bias else {})
 
 
-def _bytes(shape: tuple[int, ...]) -> int:
-    """Of so many bits, one after the other."""
-    return -(-torch.Size(shape).numel() // 8)
+def _bytes(shape: tuple[int, ...], bits: int = 1) -> int:
+    """Of so many numbers of `bits` bits, one after the other."""
+    return -(-torch.Size(shape).numel() * bits // 8)
 
 
 def _map(value: Channels) -> Channels:

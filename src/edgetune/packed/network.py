@@ -12,13 +12,14 @@ from torch import nn
 
 from edgetune import kernels
 from edgetune.errors import ModelError
+from edgetune.hosts.adder_integers import Arranged, Steps, answer, arranged
 from edgetune.hosts.arithmetic import padded
 from edgetune.hosts.binary import layer_of
 from edgetune.hosts.conv import convolve
 from edgetune.kernels.binary_format import BinaryLayer
 from edgetune.methods.arithmetic.xnor import window_means
 from edgetune.packed import layers
-from edgetune.packed.coding import decode, plain
+from edgetune.packed.coding import decode, plain, plain_steps
 from edgetune.packed.layers import BITS, INPUT, Window
 from edgetune.packed.record import Packed, PackedGraph
 from edgetune.recognise import MASKS, SMOOTH
@@ -157,6 +158,29 @@ class _BinarySign(_Binary):
                                                     self.groups)}
 
 
+class _Adder(_Step):
+    filters: torch.Tensor
+    members: torch.Tensor
+    step: torch.Tensor
+    shift: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, layer: layers.Adder, tensors: Tensors) -> None:
+        super().__init__(layer, tensors)
+        self.layer, bias = layer, tensors.get("bias")
+        weight = plain_steps(tensors["weight"], layer.bits, layers.filter_shape(layer.geometry))
+        made = arranged(Steps(weight, tensors["group"].long(), tensors["step"], tensors["shift"]))
+        self.sizes = made.sizes
+        self.hold(filters=made.filters, members=made.members, step=made.step, shift=made.shift,
+                  bias=None if bias is None else bias.view(1, -1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> Values:
+        made = Arranged(self.filters, self.members, self.step, self.shift, self.sizes)
+        geometry = self.layer.geometry.at(int(x.shape[2]), int(x.shape[3]))
+        y = answer(x, made, geometry, self.layer.bits, self.layer.exact)
+        return {self.name: y if self.bias is None else y + self.bias}
+
+
 class _Pointwise(_Step):
     gain: torch.Tensor | None
     shift: torch.Tensor | None
@@ -278,5 +302,6 @@ class _Scale(_Step):
 
 _MODULES: dict[type[layers.Layer], Any] = {
     layers.Conv: _Conv, layers.Linear: _Linear, layers.BinaryMap: _BinaryMap, layers.BinarySign: _BinarySign,
-    layers.Pointwise: _Pointwise, layers.Smooth: _Smooth, layers.MaxPool: _MaxPool, layers.BitPool: _BitPool,
-    layers.Mean: _Mean, layers.Flatten: _Flatten, layers.Subsample: _Subsample, layers.Pad: _Pad, layers.Scale: _Scale}
+    layers.Adder: _Adder, layers.Pointwise: _Pointwise, layers.Smooth: _Smooth, layers.MaxPool: _MaxPool,
+    layers.BitPool: _BitPool, layers.Mean: _Mean, layers.Flatten: _Flatten, layers.Subsample: _Subsample,
+    layers.Pad: _Pad, layers.Scale: _Scale}

@@ -1,8 +1,9 @@
-"""A network rewritten by binary methods -> the packed network, with the same answer.
+"""A network rewritten by methods of few bits -> the packed network, with the same answer.
 
 Between a convolution of bits and the layers that read signs of its answer lie scale, bias, norm and clip: monotone
 functions of one integer, so a threshold a filter says all of them. It is read off these functions themselves, in their
-own float32 arithmetic and for every sum there can be; no formula could round otherwise. On maps every norm is the gain
+own float32 arithmetic and for every sum there can be; no formula could round otherwise. Layers of additions in integers
+are those of the trained network, by the very same function. On maps every norm is the gain
 and the shift that torch itself multiplies by and adds, and everything happens in torch's order.
 """
 
@@ -19,9 +20,10 @@ from edgetune.errors import ModelError, Refusal
 from edgetune.graph import Call, Graph, not_finite, tensor_of, trace
 from edgetune.hosts.arithmetic import ArithmeticConv2d, arithmetic_layers
 from edgetune.hosts.binary import BinaryMethod
+from edgetune.methods.arithmetic.quantized_adder import QuantizedAdder
 from edgetune.overlap import ConvGeometry
 from edgetune.packed import layers
-from edgetune.packed.coding import encode
+from edgetune.packed.coding import dense_steps, encode
 from edgetune.packed.fuse import Step, fuse
 from edgetune.packed.layers import Window
 from edgetune.packed.record import AnyLayer, Packed, PackedGraph
@@ -32,22 +34,21 @@ Made = tuple[AnyLayer, dict[str, torch.Tensor]]
 
 
 def pack(model: nn.Module, sample: Sequence[int] | Graph, rest: Literal["int8", "float"] = "int8") -> Packed:
-    """The packed network of `model`, which has binary layers, as it is in evaluation mode.
+    """The packed network of `model`, which has layers of few bits, as it is in evaluation mode.
 
-    `sample` is the shape (n c h w) of an input, or the graph of the rewritten model. The weights of layers that are not
-    binary become int8 with a scale a filter (`coding.rounded` gives the model that answers so), or stay as they are.
+    `sample` is the shape (n c h w) of an input, or the graph of the rewritten model. The weights of other
+    layers become int8 with a scale a filter (`coding.rounded` gives the model that answers so), or stay as they are.
     What is summed in float (`rest`, means, the factors of `input_scale`) has the last bit that torch's own sums have,
     which may depend on the memory order of maps: here they lie channels last.
-    Raises Refusal naming a layer that has no packed form, ModelError for a network without binary layers.
+    Raises Refusal naming a layer that has no packed form, ModelError for a network without arithmetic layers.
     """
-    binary = {name: layer.method for name, layer in arithmetic_layers(model).items()
-              if isinstance(layer.method, BinaryMethod)}
-    if not binary:
-        raise ModelError("the network has no binary layer: rewrite it by xnor or dir_net first")
+    methods = {name: layer.method for name, layer in arithmetic_layers(model).items()}
+    if not methods:
+        raise ModelError("the network has no layer of few bits: rewrite it by xnor, dir_net or quantized_adder first")
     _check_numbers(model)
     graph = sample if isinstance(sample, Graph) else trace(model, torch.zeros(tuple(sample)))
     builder = _Builder(model, rest)
-    made = [each for step in fuse(graph, binary) for each in builder.layers_of(step)]
+    made = [each for step in fuse(graph, methods) for each in builder.layers_of(step)]
     n, c, h, w = graph.input_shape
     return Packed(PackedGraph(input_shape=(n, c, h, w), layers=tuple(layer for layer, _ in made)),
                   {f"{layer.name}.{role}": tensor for layer, tensors in made for role, tensor in tensors.items()})
@@ -63,12 +64,12 @@ def _check_numbers(model: nn.Module) -> None:
 
 
 class _Builder:
-    """Makes layers and tensors of steps; `rest` is the coding of weights that are not binary."""
+    """Makes layers and tensors of steps; `rest` is the coding of weights that no method has."""
 
     def __init__(self, model: nn.Module, rest: Literal["int8", "float"]) -> None:
         self.model, self.rest = model, rest
         self._alone: dict[str, Callable[[Step, Call], Made]] = {
-            "conv": self._conv, "linear": self._linear, ARITHMETIC: self._binary, "max_pool": self._max_pool,
+            "conv": self._conv, "linear": self._linear, ARITHMETIC: self._arithmetic, "max_pool": self._max_pool,
             "mean": self._mean, "flatten": self._flatten, "subsample": self._subsample, "pad": self._pad,
             "scale": self._scale, "activation": self._smooth}
 
@@ -99,6 +100,18 @@ class _Builder:
             later = of_sums and bool(flip.any())
             yield layers.BitPool(name=step.name, sources=(first.node + layers.BITS,), window=_window(pool),
                                  channels=step.channels, groups=groups, flipped=later), {"flip": flip} if later else {}
+
+    def _arithmetic(self, step: Step, call: Call) -> Made:
+        method = self._layer(call).method
+        return self._adder(step, call, method) if isinstance(method, QuantizedAdder) else self._binary(step, call)
+
+    def _adder(self, step: Step, call: Call, method: QuantizedAdder) -> Made:
+        assert method.range is not None
+        steps, bias = method.steps(self._layer(call).weight, method.range), self._bias(call)
+        return layers.Adder(name=step.name, sources=step.sources, geometry=_geometry(call), bits=method.bits,
+                            groups=len(steps.step), exact=method.exact, bias="bias" in bias), {
+            "weight": dense_steps(steps.weight, method.bits), "group": steps.group.to(torch.uint8), "step": steps.step,
+            "shift": steps.shift, **bias}
 
     def _binary(self, step: Step, call: Call) -> Made:
         """A layer of bits whose answer is a map, or one of binary weights alone."""

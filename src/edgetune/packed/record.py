@@ -1,10 +1,13 @@
-"""The packed network as a record: what runs on bit kernels, with one bit a binary weight.
+"""The packed network as a record: what runs on kernels of bits and bytes, with as many bits a weight as its method has.
 
     header    PackedGraph: layers in the order of execution, what each reads and makes, geometry
     tensors   `<layer>.weight` as its coding says: bits uint8, dense, lowest first, (o u v i) in memory order; int8
               (o i u v) or float32; `<layer>.scale` float32 (o), what bits or int8 are multiplied by; `<layer>.bias`
               float32 (o). Where a layer's answer is bits, `<layer>.threshold` int32 (o) and `<layer>.flip` bool (o) in
-              place of its scale: see `kernels.binary_conv_sign`. Of a norm `<layer>.gain` and `<layer>.shift`, (c)
+              place of its scale: see `kernels.binary_conv_sign`. Of a norm `<layer>.gain` and `<layer>.shift`, (c).
+              Of an adder layer `<layer>.weight` whole steps, uint8, so many dense bits each, lowest first, (o i u v);
+              `<layer>.group` uint8 (o), in whose steps a filter counts, `<layer>.step` float32 (groups) and
+              `<layer>.shift` float32 (o): see `hosts.adder_integers`
 
 A layer makes a map under its own name, the bits of a map under that name and ":bits", or both. One safetensors file
 holds all, with the header as JSON among its metadata.
@@ -26,6 +29,7 @@ from safetensors import torch as safetensors_torch
 from edgetune.errors import EdgetuneError, ModelError, WeightsError
 from edgetune.packed.layers import (
     INPUT,
+    Adder,
     BinaryMap,
     BinarySign,
     BitPool,
@@ -48,8 +52,8 @@ FORMAT = 1
 """The version that is written, and the one that is read."""
 
 
-AnyLayer = Annotated[Conv | Linear | BinaryMap | BinarySign | Pointwise | Smooth | MaxPool | BitPool | Mean | Flatten
-                     | Subsample | Pad | Scale, Field(discriminator="op")]
+AnyLayer = Annotated[Conv | Linear | BinaryMap | BinarySign | Adder | Pointwise | Smooth | MaxPool | BitPool | Mean
+                     | Flatten | Subsample | Pad | Scale, Field(discriminator="op")]
 
 
 class PackedGraph(Record):
@@ -98,6 +102,12 @@ class Packed:
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise ModelError(f"the tensor '{key}' is {tensor.dtype} {tuple(tensor.shape)} where {dtype} {shape} "
                                  "is meant: pack the network anew")
+        for layer in self.graph.layers:
+            try:
+                layer.check(self.of(layer.name))
+            except ValueError as failure:
+                raise ModelError(f"layer '{layer.name}' cannot be run, as its {failure}: pack the network anew"
+                                 ) from failure
 
     def of(self, layer: str) -> dict[str, torch.Tensor]:
         """The tensors of one layer by role."""

@@ -4,3 +4,4 @@
 #include "adder_conv.c"
 #include "adder_input_gradient.c"
 #include "adder_conv_u8.c"
+#include "adder_conv_steps.c"

@@ -10,8 +10,7 @@ enum { PIXELS_U8 = 6 };
 typedef struct {
     const layer *l;
     const uint8_t *x, *filters;
-    const float *scale, *shift, *more;
-    void *y;
+    int32_t *y;
     int64_t room, quads;  /* of a group: bytes of a pixel, quads of filters; a strip has two */
     cuts cuts;
     runs runs;
@@ -36,20 +35,14 @@ static inline __attribute__((always_inline)) void meet_quads(quad_sums acc[PIXEL
 }
 
 /* The sums of up to eight filters, from `filter` on, of one pixel. */
-static inline __attribute__((always_inline)) void put_quads(const sads *s, int64_t pixel, int64_t filter,
-                                                            const quad_sums *acc, int64_t count, int scaled) {
-    int64_t at = pixel * s->l->o + filter;
-    if (scaled) {
-        v8 sum = v8_add(quads_float(acc[0], acc[1]), v8_all(s->more ? s->more[pixel] : 0));
-        v8 scale = load8(s->scale + filter, (int)count), shift = load8(s->shift + filter, (int)count);
-        store8((float *)s->y + at, v8_fma(scale, sum, shift), (int)count);
-    } else if (count == 2 * QUAD) {
-        quads_store((int32_t *)s->y + at, acc[0], acc[1]);
-    } else {
-        int32_t lanes[2 * QUAD];
-        quads_store(lanes, acc[0], acc[1]);
-        memcpy((int32_t *)s->y + at, lanes, (size_t)count * sizeof *lanes);
+static inline void put_quads(const sads *s, int64_t pixel, int64_t filter, const quad_sums *acc, int64_t count) {
+    int32_t lanes[2 * QUAD], *to = s->y + pixel * s->l->o + filter;
+    if (count == 2 * QUAD) {
+        quads_store(to, acc[0], acc[1]);
+        return;
     }
+    quads_store(lanes, acc[0], acc[1]);
+    memcpy(to, lanes, (size_t)count * sizeof *lanes);
 }
 
 /* One strip of filters meets one tile of pixels. */
@@ -66,13 +59,13 @@ static inline __attribute__((always_inline)) void add_tile_u8(const void *job, i
     if (rest > QUAD) meet_quads(acc, x, s->runs, w, next, 2);
     else meet_quads(acc, x, s->runs, w, next, 1);
     first += group * filters;
-    if (count == PIXELS_U8 && rest == 2 * QUAD && !s->scale) {
-        for (int k = 0; k < PIXELS_U8; k++) put_quads(s, pixel + k, first, acc + k * 2, 2 * QUAD, 0);
+    if (count == PIXELS_U8 && rest == 2 * QUAD) {
+        for (int k = 0; k < PIXELS_U8; k++) put_quads(s, pixel + k, first, acc + k * 2, 2 * QUAD);
         return;
     }
     quad_sums copy[PIXELS_U8 * 2];  /* the sums themselves stay in registers */
     for (int k = 0; k < PIXELS_U8 * 2; k++) copy[k] = acc[k];
-    for (int64_t k = 0; k < count; k++) put_quads(s, pixel + k, first, copy + k * 2, rest, s->scale != NULL);
+    for (int64_t k = 0; k < count; k++) put_quads(s, pixel + k, first, copy + k * 2, rest);
 }
 
 /* Items are (group, strip of filters, tile of pixels). */
@@ -81,16 +74,15 @@ static void add_sads(const void *job, int64_t begin, int64_t end) {
     each_tile(s->l, &s->cuts, s->l->groups * s->room, PIXELS_U8, begin, end, job, add_tile_u8);
 }
 
-/* None of the sizes is 0. sizes: those of `layer`, then the value of the padding. scratch: the framed map.
- * y is int32; or with `scale` float, scale[o] (sum + more[pixel]) + shift[o], where `more` may be NULL. */
-void et_adder_conv_u8_f32(const uint8_t *x, const uint8_t *filters, const float *scale, const float *shift,
-                          const float *more, void *y, uint8_t *scratch, const int64_t *sizes, int threads) {
+/* None of the sizes is 0. sizes: those of `layer`, then the value of the padding. scratch: the framed map. */
+void et_adder_conv_u8_f32(const uint8_t *x, const uint8_t *filters, int32_t *y, uint8_t *scratch,
+                          const int64_t *sizes, int threads) {
     layer l;
     memcpy(&l, sizes, sizeof l);
     int64_t i = l.c / l.groups, o = l.o / l.groups, pixels = l.n * l.p * l.q, room = pieces(i, OCTET) * OCTET;
     const uint8_t *map = framed(&l, x, scratch, i, room, (int)sizes[sizeof l / sizeof *sizes], threads);
     int64_t quads = pieces(o, QUAD);
-    sads s = {&l, map, filters, scale, shift, more, y, room, quads,
+    sads s = {&l, map, filters, y, room, quads,
               {room, pixels, pieces(quads, 2), pieces(pixels, PIXELS_U8)}, runs_of(&l, l.groups * room, room)};
     et_parallel(add_sads, &s, l.groups * s.cuts.strips * s.cuts.tiles, pixels * l.o * room * taps_of(&l) / DIFFERENCES_PER_BYTE / 4,
                 threads);

@@ -59,12 +59,14 @@ static inline void v8_twice(v8 a, v8 *low, v8 *high) {
     *low = _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
     *high = _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
 }
-/* Whole numbers 0..255 as bytes. */
-static inline void v8_bytes(uint8_t *p, v8 a) {
-    __m256i whole = _mm256_cvttps_epi32(a);
+static inline void v8_as_bytes(uint8_t *p, __m256i whole) {
     __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
     _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi16(half, half));
 }
+/* Whole numbers 0..255 as bytes. */
+static inline void v8_bytes(uint8_t *p, v8 a) { v8_as_bytes(p, _mm256_cvttps_epi32(a)); }
+/* Numbers up to 255 as bytes: the nearest, half to even; 0 for those below, and for a NaN. */
+static inline void v8_near(uint8_t *p, v8 a) { v8_as_bytes(p, _mm256_cvtps_epi32(a)); }
 /* Lane by lane, v and its position take over where v is larger or NaN, or where nothing stood yet (below 0). */
 static inline void v8_challenge(v8 *best, v8 *where, v8 v, v8 position) {
     v8 larger = _mm256_or_ps(_mm256_cmp_ps(v, *best, _CMP_GT_OQ), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
@@ -132,6 +134,10 @@ static inline void v8_bytes(uint8_t *p, v8 x) {
     uint16x8_t half = vcombine_u16(vmovn_u32(vcvtq_u32_f32(x.a)), vmovn_u32(vcvtq_u32_f32(x.b)));
     vst1_u8(p, vmovn_u16(half));
 }
+static inline void v8_near(uint8_t *p, v8 x) {
+    uint16x8_t half = vcombine_u16(vmovn_u32(vcvtnq_u32_f32(x.a)), vmovn_u32(vcvtnq_u32_f32(x.b)));
+    vst1_u8(p, vmovn_u16(half));
+}
 static inline void v4_challenge(float32x4_t *best, float32x4_t *where, float32x4_t v, float32x4_t position) {
     uint32x4_t larger = vorrq_u32(vcgtq_f32(v, *best), vmvnq_u32(vceqq_f32(v, v)));
     uint32x4_t wins = vorrq_u32(larger, vcltq_f32(*where, vdupq_n_f32(0)));
@@ -195,6 +201,10 @@ static inline void v8_twice(v8 a, v8 *low, v8 *high) {
     EACH high->lane[i] = both.lane[4 + i / 2];
 }
 static inline void v8_bytes(uint8_t *p, v8 a) { EACH p[i] = (uint8_t)a.lane[i]; }
+static inline void v8_near(uint8_t *p, v8 a) {
+    const float whole = 8388608.0f;  /* there is nothing between whole numbers above it */
+    EACH p[i] = (uint8_t)(a.lane[i] > 0 ? a.lane[i] + whole - whole : 0);
+}
 static inline void v8_challenge(v8 *best, v8 *where, v8 v, v8 position) {
     EACH {
         float x = v.lane[i];

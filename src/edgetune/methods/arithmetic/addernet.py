@@ -50,3 +50,7 @@ class AdderNet(ArithmeticMethod):
     def convolve(self, x: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
                  progress: torch.Tensor) -> torch.Tensor:
         return adder(x, weight, geometry, self.eta)
+
+    def unpacked(self) -> str | None:
+        return ("subtracts numbers in float: let it compute in few bits, `edgetune.compress.quantize_layers(model, "
+                "QuantizedAdder(), batches)`")

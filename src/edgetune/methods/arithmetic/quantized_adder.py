@@ -1,11 +1,12 @@
-"""Adder layers in integers: filters in groups of one scale each, ranges clamped without loss, 4 to 8 bits.
+"""Adder layers in integers: filters in groups of one scale each, ranges clamped without loss, 2 to 8 bits.
 
 What it does
     |a x - b w| does not factor, so an adder layer's input and weights must share one scale, and one of both loses. Here
     filters are put into groups by their largest weight, and every group has a scale of its own. Where a group's weights
     go beyond what the input reaches (`range`), they are clamped, which takes the same from every answer of a filter: a
-    bias gives it back. With `exact`, inputs that are clamped lose nothing either: what lies beyond the scale is summed
-    once over each window and taken from all filters of the group alike.
+    bias gives it back. So are weights below 0, as an input behind a ReLU is never there. With `exact`, inputs that are
+    clamped lose nothing either: what lies beyond the scale is summed once over each window and taken from all filters
+    of the group alike.
 
 Shapes
     x (n c h w) of a ReLU, weight (o i u v), y (n o p q); scale (groups)
@@ -14,34 +15,33 @@ What is kept (bytes)
     4 n c h w in training, as AdderNet. Packed: `bits` a weight.
 
 What changes in the gradient or the answer
-    With scale s of a group, da = s / (2^b - 1), dw = 2 da: y = -da sum |round(x / da) - 2 round(w / dw)| + bias
-    - sum max(x - s, 0), bias = -sum max(|w| - s, 0). Rounding is all that is lost. Gradients are AdderNet's, at the
-    numbers before rounding. With at most 7 bits all operands fit in bytes, and sums of absolute differences of bytes
-    are one instruction.
+    With scale s of a group and d = s / (2^b - 1): y = -d sum |round(x / d) - round(w / d)| + bias - sum max(x - s, 0),
+    bias = -sum max(w - s, 0) - sum max(-w, 0), x and w clamped to 0 .. s. Rounding is all that is lost. Gradients are
+    AdderNet's, at the numbers before rounding. All operands fit in bytes, and sums of absolute differences of bytes are
+    one instruction.
 
 When not to use
-    Behind anything but a ReLU: inputs below 0 count as 0. Norms must be estimated anew afterwards
-    (`edgetune.compress.estimate_norms`). Until `range` has been fitted, every batch has the range of its own inputs.
+    Behind anything but a ReLU: inputs below 0 count as 0. Until `range` has been fitted, every batch
+    has the range of its own inputs, and norms must be estimated anew afterwards: `edgetune compress` does both at the
+    end of a training, `edgetune.compress.quantize_layers` with a trained adder network.
 
 Reference
-    Nie et al., "Redistribution of Weights and Activations for AdderNet Quantization", NeurIPS 2022. The exact clamp of
-    activations is not in the paper: for |w| <= s and x > s, |x - w| = (x - s) + |s - w|. Its k-means over filters is in
-    one dimension, and is done there.
+    Nie et al., "Redistribution of Weights and Activations for AdderNet Quantization", NeurIPS 2022. Two clamps are not
+    in the paper: of activations, |x - w| = (x - s) + |s - w| for w <= s < x, and of weights below 0, |x - w| = x + |w|
+    for x >= 0. The paper keeps those weights, in signed steps twice as long as the input's (2 d). Its k-means over
+    filters is in one dimension, and is done there.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from edgetune import kernels
 from edgetune.contract import ArithmeticMethod
 from edgetune.graph import Call
 from edgetune.hosts.adder import adder
+from edgetune.hosts.adder_integers import Steps, answer, arranged
 from edgetune.overlap import ConvGeometry
 
 ROUNDS = 30
@@ -49,17 +49,8 @@ ROUNDS = 30
 OUTLIERS = 0.9997**2
 """Share of a batch's absolute inputs that lies within the range, as released."""
 LEAST_RANGE = 1e-3
-BYTE_BITS = 7
-"""Most bits with which all operands fit in bytes."""
-
-
-class Group(NamedTuple):
-    """Filters of one scale: which, their weights in steps of 2 da (whole numbers), da, and what the clamp took."""
-
-    members: torch.Tensor
-    steps: torch.Tensor
-    step: float
-    bias: torch.Tensor
+MOST_GROUPS = 256
+"""As many as a byte tells apart."""
 
 
 def clusters(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -83,24 +74,16 @@ def clusters(values: torch.Tensor, count: int) -> torch.Tensor:
     return (values.double()[:, None] - centres).abs().argmin(1)
 
 
-def redistribute(weight: torch.Tensor, bits: int, groups: int, reach: float) -> Iterator[Group]:
-    """The groups of weight (o i u v), for inputs from 0 to `reach`."""
-    largest = weight.abs().amax((1, 2, 3)) if weight.numel() else weight.new_zeros(len(weight))
-    which, top = clusters(largest, groups), 2**bits - 1
-    for number in which.unique().tolist():
-        members = (which == number).nonzero().flatten()
-        own, most = weight[members], max(float(largest[members].max()), LEAST_RANGE)
-        scale = min(reach, most)
-        step = scale / top
-        steps = (own.clamp(-scale, scale) / (2 * step)).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        yield Group(members, steps, step, -(own.abs() - scale).clamp(min=0).sum((1, 2, 3)))
-
-
-def beyond(x: torch.Tensor, scale: float, geometry: ConvGeometry) -> torch.Tensor:
-    """(n p q): the sum over windows and channels of what of x (n c h w) lies beyond the scale."""
-    top, bottom, left, right = geometry.pads
-    over = F.pad((x - scale).clamp(min=0).sum(1, keepdim=True), (left, right, top, bottom))
-    return F.conv2d(over, over.new_ones((1, 1, *geometry.kernel)), None, geometry.stride, 0, geometry.dilation)[:, 0]
+def redistribute(weight: torch.Tensor, bits: int, groups: int, reach: float) -> Steps:
+    """weight (o i u v) in groups, for inputs from 0 to `reach`."""
+    weight, top = weight.detach().float(), 2**bits - 1
+    largest = weight.amax((1, 2, 3)) if weight.numel() else weight.new_zeros(len(weight))
+    found, group = clusters(largest, groups).unique(return_inverse=True)
+    most = largest.new_zeros(len(found)).scatter_reduce(0, group, largest, "amax")
+    step = most.clamp(LEAST_RANGE, max(reach, LEAST_RANGE)) / top
+    own = step[group].view(-1, 1, 1, 1)
+    steps = (weight * own.reciprocal()).round().clamp(0, top).to(torch.uint8)
+    return Steps(steps, group, step, -(weight - weight.clamp(min=0).minimum(own * top)).abs().sum((1, 2, 3)))
 
 
 def reach_of(x: torch.Tensor) -> float:
@@ -115,9 +98,10 @@ class QuantizedAdder(ArithmeticMethod):
     """Of one layer; `range` is what `fitted` finds."""
 
     method = "quantized_adder"
+    fits = True
 
     bits: int = Field(8, ge=2, le=8, description="of a weight and of what is read")
-    groups: int = Field(4, ge=1, description="of filters with a scale each, at most")
+    groups: int = Field(4, ge=1, le=MOST_GROUPS, description="of filters with a scale each, at most")
     range: float | None = Field(None, gt=0, description="what the layer's input reaches, outliers left out")
     exact: bool = Field(True, description="whether inputs beyond their scale count in full")
 
@@ -134,9 +118,17 @@ class QuantizedAdder(ArithmeticMethod):
         return f"quantized adder, {self.bits} bits"
 
     def refuse(self, call: Call) -> str | None:
+        if not all(call.param_shapes.get("weight", (1,))):
+            return "has no filters: leave it out of the plan"
         if call.geometry is not None and call.geometry.groups > 1:
             return "has groups of channels, whose scales would be apart: leave it an adder layer in float"
         return super().refuse(call)
+
+    def unpacked(self) -> str | None:
+        if self.range is not None:
+            return None
+        return ("takes the range of every batch anew: fit it to pictures, `edgetune.compress.quantize_layers(model, "
+                "QuantizedAdder(), batches)`")
 
     def fitted(self, x: torch.Tensor) -> QuantizedAdder:
         return self.model_copy(update={"range": max(reach_of(x), self.range or 0.0)})
@@ -146,32 +138,13 @@ class QuantizedAdder(ArithmeticMethod):
         if x.is_meta:  # scales are numbers, which a shape has not
             return adder(x, weight, geometry)
         with torch.no_grad():
-            answer = self.quantized(x, weight, geometry)
+            steps = self.steps(weight, self.range or reach_of(x))
+            found = answer(x, arranged(steps), geometry, self.bits, self.exact).to(x.dtype)
         if not torch.is_grad_enabled():
-            return answer
+            return found
         y = adder(x, weight, geometry)
-        return y + (answer - y).detach()
+        return y + (found - y).detach()
 
-    def quantized(self, x: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
-        """The layer's answer y (n o p q), by integers."""
-        y = x.new_empty((len(x), geometry.out_channels, *geometry.out_hw))
-        for group in redistribute(weight, self.bits, self.groups, self.range or reach_of(x)):
-            y[:, group.members] = self._answer(x, group, geometry).to(y.dtype)
-        return y
-
-    def _answer(self, x: torch.Tensor, group: Group, geometry: ConvGeometry) -> torch.Tensor:
-        top, bottom, left, right = geometry.pads
-        how = (geometry.stride, (top, left, bottom, right), geometry.dilation, 1)
-        levels, o = 2**self.bits, len(group.members)
-        read = (x / group.step).round().clamp(0, levels - 1)
-        over = beyond(x, group.step * (levels - 1), geometry) if self.exact else None
-        if self.bits > BYTE_BITS:
-            y = group.step * kernels.adder_conv(read, 2 * group.steps, *how) + group.bias.view(-1, 1, 1)
-            return y if over is None else y - over[:, None]
-        # with `levels` added to both, steps from -levels to levels - 2 and inputs from 0 are bytes
-        filters = kernels.adder_filters((2 * group.steps + levels).to(torch.uint8), 1)
-        bytes_ = (read + levels).to(torch.uint8).contiguous(memory_format=torch.channels_last)
-        scale = torch.full((o,), -group.step)
-        more = None if over is None else (over / group.step).float()
-        return kernels.adder_conv_u8_scaled(bytes_, filters, scale, group.bias.float(), more, geometry.kernel, *how,
-                                            levels)
+    def steps(self, weight: torch.Tensor, reach: float) -> Steps:
+        """weight (o i u v) in whole steps, for inputs from 0 to `reach`."""
+        return redistribute(weight, self.bits, self.groups, reach)
