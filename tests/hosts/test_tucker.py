@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from edgetune.hosts.tucker import (
     Ranks,
     Tucker,
     allowed,
+    by_cost,
+    folded,
     iterated,
     product,
     start,
@@ -75,6 +79,19 @@ def test_weight_gradient_of_wide_layers(groups: int) -> None:
     for ranks in ((5, 3, 2, 2), (5, 16, 7, 6), (2, 1, 7, 2), (1, 15, 3, 6)):
         factors = random_factors((5, 16, 7, 6), ranks)
         _, _, gy = operands(geometry, 5)
+        expected = by_autograd(rebuilt(factors), gy, geometry)
+        assert torch.allclose(factored_weight_gradient(factors, gy, geometry), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (3, 2)])
+def test_weight_gradient_of_pointwise_layers(stride: tuple[int, int], layout: torch.memory_format) -> None:
+    """gy is carried to the bases, whichever axes have one; with a stride some rows of the bases are not read."""
+    geometry = ConvGeometry(in_channels=12, out_channels=10, groups=1, in_hw=(7, 5), kernel=(1, 1), stride=stride,
+                            dilation=(1, 1), pads=(0, 0, 0, 0))
+    for ranks in ((3, 4, 2, 2), (5, 4, 7, 1), (3, 12, 2, 5), (5, 12, 7, 5), (1, 1, 1, 1)):
+        factors = random_factors((5, 12, 7, 5), ranks)
+        gy = operands(geometry, 5)[2].contiguous(memory_format=layout)
         expected = by_autograd(rebuilt(factors), gy, geometry)
         assert torch.allclose(factored_weight_gradient(factors, gy, geometry), expected, atol=1e-9)
 
@@ -151,8 +168,35 @@ def test_ranks_limit_what_the_energy_asks_for() -> None:
 def test_allowed_ranks_are_those_an_unfolding_can_have(shape: tuple[int, ...], ranks: Ranks) -> None:
     found = allowed(shape, ranks)
     assert all(1 <= k <= min(r, s) for k, r, s in zip(found, ranks, shape, strict=True))
-    assert all(k <= math.prod(found[:m]) * math.prod(shape[m + 1:]) for m, k in enumerate(found))
+    assert all(k <= math.prod(found[:m] + found[m + 1:]) for m, k in enumerate(found))
     assert allowed(shape, found) == found
+
+
+@settings(max_examples=30)
+@given(st.tuples(*[st.integers(1, 5)] * 4), st.tuples(*[st.integers(1, 5)] * 4), st.integers(0, 9))
+def test_a_rank_beyond_the_others_product_holds_nothing(shape: tuple[int, ...], ranks: Ranks, seed: int) -> None:
+    """Any factors of the wanted ranks are the same map in allowed ones."""
+    wanted = tuple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))
+    whole = rebuilt(random_factors(shape, wanted, seed))
+    found = truncated_hosvd(whole, 1 - 1e-12)
+    assert all(have <= may for have, may in zip(found.core.shape, allowed(shape, ranks), strict=True))
+
+
+@settings(max_examples=100)
+@given(st.tuples(*[st.integers(1, 9)] * 4), st.tuples(*[st.integers(1, 9)] * 4))
+def test_no_order_of_the_axes_takes_fewer_products(shape: tuple[int, ...], wanted: Ranks) -> None:
+    ranks = allowed(shape, wanted)
+
+    def products(order: Sequence[int]) -> int:
+        sizes, total = list(shape), 0
+        for axis in order:
+            total += ranks[axis] * math.prod(sizes)
+            sizes[axis] = ranks[axis]
+        return total
+
+    order = by_cost(shape, ranks)
+    assert sorted(order) == [axis for axis in range(4) if ranks[axis] < shape[axis]]
+    assert products(order) == min(products(each) for each in itertools.permutations(order))
 
 
 def test_iterations_come_to_the_leading_singular_vectors() -> None:
@@ -160,17 +204,17 @@ def test_iterations_come_to_the_leading_singular_vectors() -> None:
     leading = torch.linalg.svd(unfolded(x, 1), full_matrices=False).U[:, :3]
     basis = start(12, 3, 0).to(x)
     for _ in range(8):
-        basis = iterated(x, basis, 1)
+        basis = iterated(unfolded(x, 1), basis)
     assert torch.allclose(basis @ basis.mT, leading @ leading.mT, atol=1e-6)
 
 
 def test_an_iteration_keeps_what_the_map_does_not_reach() -> None:
     basis = start(12, 4, 3)
-    still = iterated(torch.zeros(2, 12, 3, 3), basis, 1)
+    still = iterated(torch.zeros(12, 18), basis)
     assert torch.allclose(still @ still.mT, basis @ basis.mT, atol=1e-5)
-    one = torch.zeros(2, 12, 3, 3)
-    one[:, 5] = 1.0
-    found = iterated(one, basis, 1)
+    one = torch.zeros(12, 18)
+    one[5] = 1.0
+    found = iterated(one, basis)
     assert torch.allclose(found.mT @ found, torch.eye(4), atol=1e-5)
     assert float(found[5].square().sum()) > 1 - 1e-6  # the direction that is there is found
     assert float((found.mT @ basis).square().sum()) > 3 - 1e-3  # and three of the old ones are left
@@ -192,6 +236,15 @@ def test_products_and_unfoldings_are_einsums() -> None:
         assert torch.allclose(product(x, matrix, axis), expected)
         assert torch.allclose(product(x.to(memory_format=torch.channels_last), matrix, axis), expected)
         assert torch.equal(unfolded(x, axis), torch.stack([part.reshape(-1) for part in x.unbind(axis)]))
+        others = [at for at in range(4) if at != axis]
+        for order in itertools.permutations(range(4)):
+            lying = x.permute(order).contiguous().permute([order.index(at) for at in range(4)])
+            sheet = unfolded(lying, axis)
+            assert torch.equal(folded(sheet, lying, axis), x)
+            assert torch.allclose(product(lying, matrix, axis), expected)
+            assert torch.allclose(sheet.mm(sheet.mT), torch.tensordot(x, x, (others, others)))
+            if axis in (order[0], order[3]):
+                assert sheet.data_ptr() == lying.data_ptr()
         last = x.to(memory_format=torch.channels_last)
         assert torch.equal(unfolded(last, axis), torch.stack([part.permute(
             [("nchw".replace(letter, "")).index(each) for each in "nhwc" if each != letter]).reshape(-1)

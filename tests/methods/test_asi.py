@@ -42,7 +42,7 @@ def test_full_ranks_are_the_exact_gradient(geometry: ConvGeometry, batch: int) -
     x, _, gy = operands(geometry, batch)
     method = ASI(shares=(1, 1, 1, 1))
     state = method.state_of(call_of(geometry, batch))
-    assert not state
+    assert method.ranks_on(x.shape) is None
     found = method.grad_weight(method.keep(x, geometry, state), gy, geometry)
     assert torch.allclose(found, weight_gradient(x, gy, geometry), atol=1e-9)
 
@@ -78,8 +78,17 @@ def test_a_repeated_batch_comes_to_the_subspaces_of_the_decomposition() -> None:
     best = truncated_hosvd(x, 1.0, (3, 3, 3, 3))
     assert lost[-1] < 1.01 * float((x - best.grown(*AXES)).norm() / x.norm())
     assert lost[0] > 1.05 * lost[-1]
-    leading = torch.linalg.svd(unfolded(x, 0), full_matrices=False).U[:, :3]
-    assert torch.allclose(factors.bases["n"] @ factors.bases["n"].mT, leading @ leading.mT, atol=1e-4)
+    leading = torch.linalg.svd(unfolded(x, 1), full_matrices=False).U[:, :3]  # of the axis that goes first
+    assert torch.allclose(factors.bases["c"] @ factors.bases["c"].mT, leading @ leading.mT, atol=1e-4)
+
+
+def test_a_rank_that_the_others_cannot_use_costs_nothing_and_is_followed() -> None:
+    x, given, fit = smooth(8, 24, 9, 9), ASI(ranks=(8, 1, 2, 1)), ASI(ranks=(2, 1, 2, 1))
+    assert given.ranks_on(x.shape) == fit.ranks_on(x.shape) == (2, 1, 2, 1)
+    states = [method.state_of(call_of(POINT, 8)) for method in (given, fit)]
+    for _ in range(3):
+        one, two = (kept_by(method, x, POINT, state) for method, state in zip((given, fit), states, strict=True))
+    assert all(torch.equal(tensor, two.kept()[name]) for name, tensor in one.kept().items())
 
 
 def test_what_is_remembered_is_what_was_kept_but_no_memory_of_it() -> None:

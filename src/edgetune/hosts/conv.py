@@ -31,9 +31,9 @@ def input_gradient(g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry
     n, (top, bottom, left, right) = g.shape[0], geometry.pads
     height, width = geometry.in_hw
     if geometry.symmetric:
-        x = g.new_empty(1).expand(n, geometry.in_channels, height, width)
+        x = _not_read((n, geometry.in_channels, height, width), g)
         return _backward(g, x, weight.to(g.dtype), geometry, (top, left), (True, False))[0]
-    padded = g.new_empty(1).expand(n, geometry.in_channels, height + top + bottom, width + left + right)
+    padded = _not_read((n, geometry.in_channels, height + top + bottom, width + left + right), g)
     gx, _ = _backward(g, padded, weight.to(g.dtype), geometry, (0, 0), (True, False))
     return gx[:, :, top:top + height, left:left + width]
 
@@ -44,10 +44,11 @@ def weight_gradient(x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) ->
     if _few_pointwise(geometry):
         x, g = x.contiguous(), g.contiguous()
     shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel)
-    weight = g.new_empty(1).expand(shape)
+    x = x.to(g.dtype)
+    weight = _not_read(shape, x)
     if geometry.symmetric:
-        return _backward(g, x.to(g.dtype), weight, geometry, (top, left), (False, True))[1]
-    padded = F.pad(x.to(g.dtype), (left, right, top, bottom))
+        return _backward(g, x, weight, geometry, (top, left), (False, True))[1]
+    padded = F.pad(x, (left, right, top, bottom))
     return _backward(g, padded, weight, geometry, (0, 0), (False, True))[1]
 
 
@@ -60,6 +61,20 @@ def both_gradients(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor,
     return input_gradient(g, weight, geometry), weight_gradient(x, g, geometry)
 
 
+def _not_read(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """A stand-in of that shape for a tensor that torch asks for and does not read, in the memory order of `like`.
+
+    It lies on `like`, where that is large enough, and is never written. A stand-in in another order, and one number
+    expanded is in none, would be copied, and the products would be made in that order, which costs more than they do.
+    """
+    n, c, h, w = shape
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    strides = (h * w * c, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
+    if like.numel() < n * c * h * w or not (last or like.is_contiguous()):
+        return like.new_empty_strided(shape, strides)
+    return like.as_strided(shape, strides)
+
+
 def _few_pointwise(geometry: ConvGeometry) -> bool:
     """Where oneDNN, without AVX-512, makes wrong weight gradients channels last, and writes beyond its buffers."""
     return geometry.kernel == (1, 1) and geometry.stride != (1, 1) and geometry.in_channels < 8
@@ -67,7 +82,7 @@ def _few_pointwise(geometry: ConvGeometry) -> bool:
 
 def _backward(g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry,
               padding: tuple[int, int], wanted: tuple[bool, bool]) -> tuple[torch.Tensor, torch.Tensor]:
-    # torch computes only what the mask asks for; the tensor that is not read may be a stand-in without memory
+    # torch computes only what the mask asks for: the tensor that is not read may be a stand-in
     gx, gw, _ = _convolution_backward(g, x, weight, None, geometry.stride, padding, geometry.dilation,
                                       False, (0, 0), geometry.groups, (*wanted, False))
     return gx, gw

@@ -3,8 +3,9 @@
 What it does
     Every axis of a learning convolution's input has a basis of fixed rank. A step improves the basis of the step before
     by one subspace iteration, U = QR(A A^T U) with A the input unfolded along the axis, multiplies the input with it,
-    and goes on to the next axis with what is left: n, c, h, w. As networks change slowly, bases stay near those of a
-    full decomposition. The weight gradient is computed from core and bases; the input is never made whole again.
+    and goes on to the next axis with what is left, in the order that takes the fewest products. As networks change
+    slowly, bases stay near those of a full decomposition. The weight gradient is computed from core and bases; the
+    input is never made whole again.
     `edgetune.lowrank.choose_ranks` finds ranks for a budget.
 
 Shapes
@@ -13,8 +14,8 @@ Shapes
 
 What is kept (bytes)
     4 (a b d e + n a + c b + h d + w e), where an axis kept whole has no basis. A rank is at most the size of its axis,
-    and what the other axes can span. Where factors would be no smaller than x, x itself is kept. Between steps the
-    buffers hold 4 (n a + c b + h d + w e) beside the parameters.
+    and the product of the other ranks, as no core has more. Where factors would be no smaller than x, x itself is kept.
+    Between steps the buffers hold 4 (n a + c b + h d + w e) beside the parameters.
 
 What changes in the gradient or the answer
     gx is exact; gw is that of x projected on the bases. With full ranks gw is exact. The first step starts at random
@@ -38,6 +39,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from pydantic import Field
@@ -45,7 +47,18 @@ from pydantic import Field
 from edgetune.contract import Kept, Tensors
 from edgetune.graph import Call
 from edgetune.hosts.factored import FactoredMethod, wanted_ranks, whole, working
-from edgetune.hosts.tucker import AXES, Ranks, Tucker, allowed, iterated, product, start, tucker_size
+from edgetune.hosts.tucker import (
+    AXES,
+    Ranks,
+    Tucker,
+    allowed,
+    by_cost,
+    folded,
+    iterated,
+    start,
+    tucker_size,
+    unfolded,
+)
 from edgetune.overlap import ConvGeometry
 
 
@@ -65,11 +78,10 @@ class ASI(FactoredMethod):
 
     def ranks_on(self, shape: Sequence[int]) -> Ranks | None:
         """The ranks for a map of `shape` (n c h w); None where it is kept whole."""
-        if not math.prod(shape):
-            return None
-        n, c, h, w = wanted_ranks(shape, self.ranks, self.shares)
-        ranks = allowed(shape, (n, c, h, w))
-        return ranks if tucker_size(shape, ranks) < math.prod(shape) else None
+        return _worth(tuple(shape), self._allowed_on(shape))
+
+    def _allowed_on(self, shape: Sequence[int]) -> Ranks:
+        return _allowed(tuple(shape), self.ranks, self.shares)
 
     def numbers(self, shape: Sequence[int]) -> int:
         """How many numbers are kept of a map of `shape` (n c h w)."""
@@ -78,7 +90,7 @@ class ASI(FactoredMethod):
 
     def state_of(self, call: Call) -> dict[str, torch.Tensor]:
         shape = call.in_shapes[0]
-        ranks = wanted_ranks(shape, self.ranks, self.shares)
+        ranks = self._allowed_on(shape)
         return {f"asi_{name}": start(size, rank, axis)
                 for axis, (name, size, rank) in enumerate(zip(AXES, shape, ranks, strict=True)) if rank < size}
 
@@ -87,17 +99,27 @@ class ASI(FactoredMethod):
         if ranks is None:
             return whole(x)
         core, bases = working(x), dict[str, torch.Tensor]()
-        for axis, (name, rank) in enumerate(zip(AXES, ranks, strict=True)):
-            if rank == x.shape[axis]:
-                continue
-            held = state.get(f"asi_{name}")
-            before = _fitted(held, x, axis, rank).to(core.dtype)
-            basis = iterated(core, before, axis)
-            core = product(core, basis.mT, axis)
+        for axis in by_cost(tuple(x.shape), ranks):
+            held = state.get(f"asi_{AXES[axis]}")
+            sheet = unfolded(core, axis)
+            basis = iterated(sheet, _fitted(held, x, axis, ranks[axis]).to(core.dtype))
+            core = folded(basis.t().mm(sheet), core, axis)
             if held is not None:
-                _remember(held, torch.where(basis.isfinite(), basis, before))
-            bases[name] = basis
+                _remember(held, basis)
+            bases[AXES[axis]] = basis
         return Tucker(core, bases).to(x.dtype).kept()
+
+
+@lru_cache(maxsize=4096)
+def _allowed(shape: tuple[int, ...], ranks: Ranks | None, shares: tuple[float, ...]) -> Ranks:
+    n, c, h, w = wanted_ranks(shape, ranks, shares)
+    return allowed(shape, (n, c, h, w))
+
+
+@lru_cache(maxsize=4096)
+def _worth(shape: tuple[int, ...], ranks: Ranks) -> Ranks | None:
+    """The ranks, where factors of them are smaller than the map."""
+    return ranks if tucker_size(shape, ranks) < math.prod(shape) else None
 
 
 def _fitted(held: torch.Tensor | None, x: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
@@ -112,7 +134,6 @@ def _fitted(held: torch.Tensor | None, x: torch.Tensor, axis: int, rank: int) ->
     return fresh
 
 
-@torch.no_grad()
 def _remember(buffer: torch.Tensor, basis: torch.Tensor) -> None:
     """A copy: what is kept for backward must not change when the next forward comes first."""
     if buffer.shape == basis.shape:

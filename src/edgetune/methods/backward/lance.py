@@ -114,8 +114,9 @@ def _learn(x: torch.Tensor, state: Tensors) -> None:
 
 def _leading(x: torch.Tensor, basis: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The leading left singular vectors of an axis of x, as many as `basis` has columns, and singular values."""
+    sheet = unfolded(x, axis)
     for _ in range(ITERATIONS):
-        basis = iterated(x, basis, axis)
-    small = unfolded(product(x, basis.mT, axis), axis)
+        basis = iterated(sheet, basis)
+    small = basis.mT @ sheet
     squares, vectors = torch.linalg.eigh(small @ small.mT)
     return basis @ vectors, squares.clamp(min=0).sqrt()
