@@ -89,7 +89,7 @@ def flowers(root: Path, preprocess: Preprocess, limit: int | None = None, folds:
     return Photos("flowers5", pixels, labels, stratified_folds(labels, folds), preprocess, Augment(crop_scale=0.6))
 
 
-def drifted_flowers(root: Path, preprocess: Preprocess, limit: int = SHOWN, seeds: int = 3) -> Photos:
+def drifted_flowers(root: Path, preprocess: Preprocess, limit: int = SHOWN, seeds: int = 6) -> Photos:
     """flowers5 through another camera, for all seeds: to train on what `limit` of its training photos look like there,
     and to test on all others."""
     known = set(load_data(root / "flowers5_224", preprocess, limit=limit).train.names)
