@@ -1,11 +1,11 @@
 """`edgetune bench training`: the ways to train on a device side by side, on the same network, photos and seeds.
 
-Three seeds on digits and CIFAR-10, five folds on flowers5, six seeds at 224 px. The head learns everywhere. Networks whose weights are not
-at hand have been taught CIFAR-10 before (`bench.pretrain`). Every arm is trained by SGD without momentum and without
-clipping, so that nothing but the network and its gradients has to be held. Each has a learning rate of its own,
-chosen among some around where it learns at all, because blurred gradients, a head alone and integers have each their
-own scale; "exact", "MobileTL", "last ...", "sparse ..." and "... and gains" take plain's, and "int8 state with QAS"
-that of the rounded floats. A rate counts by the worst of three seeds.
+Three seeds on digits and CIFAR-10, five folds on flowers5, six seeds at 224 px. The head learns everywhere. Networks
+whose weights are not at hand have been taught CIFAR-10 before (`bench.pretrain`). Every arm is trained by SGD without
+momentum and without clipping, so that nothing but the network and its gradients has to be held. Each has a learning
+rate of its own, chosen among some around where it learns at all, because blurred gradients, a head alone and integers
+have each their own scale; "exact", "MobileTL", "last ...", "sparse ..." and "... and gains" take plain's, and "int8
+state with QAS" that of the rounded floats. A rate counts by the worst of three seeds.
 
 "plain" is stock autograd with norms in eval, all that the case lets learn: weights, norm scales and norm shifts.
 "exact" and "pooled chain" learn weights and shifts, and those "with scales" the scales too.
