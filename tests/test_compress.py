@@ -241,7 +241,8 @@ def test_a_binary_run_leaves_a_packed_network_with_the_same_answers(
 
 
 def test_a_run_without_layers_of_few_bits_leaves_none(data: Dataset, model: nn.Module, tmp_path: Path) -> None:
-    assert et.compress(model, data, AdderNet(), out=tmp_path, **{**FEW, "epochs": 1}).packed is None
+    run = et.compress(model, data, AdderNet(), out=tmp_path, **{**FEW, "epochs": 1})
+    assert run.packed is None and run.settings.clip_norm is None
     assert not (tmp_path / PACKED).exists()
 
 

@@ -11,6 +11,7 @@ Neither gradient is the true one, whose slopes are signs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from edgetune.overlap import ConvGeometry
 ETA = 0.2
 """The published strength of adaptive scaling."""
 
+RECIPE: Mapping[str, Any] = {"learning_rate": 0.1, "weight_decay": 5e-4, "clip_norm": None}
+"""How adder networks are trained, as published. Gradients as long as ETA makes them are not clipped: that would all but
+stop the training."""
 _SMALLEST_NORM = 1e-12
 
 

@@ -28,14 +28,11 @@ Reference
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 import torch
 from pydantic import Field
 
 from edgetune.contract import ArithmeticMethod
-from edgetune.hosts.adder import ETA, adder
+from edgetune.hosts.adder import ETA, RECIPE, adder
 from edgetune.overlap import ConvGeometry
 
 
@@ -43,7 +40,7 @@ class AdderNet(ArithmeticMethod):
     """Of one layer."""
 
     method = "addernet"
-    recipe: ClassVar[Mapping[str, Any]] = {"learning_rate": 0.05, "weight_decay": 5e-4}
+    recipe = RECIPE
 
     eta: float = Field(ETA, gt=0, description="length of a layer's weight gradient, a square root of a weight")
 

@@ -40,7 +40,7 @@ from pydantic import Field
 
 from edgetune.contract import ArithmeticMethod
 from edgetune.graph import Call
-from edgetune.hosts.adder import adder
+from edgetune.hosts.adder import RECIPE, adder
 from edgetune.hosts.adder_integers import Steps, answer, arranged
 from edgetune.overlap import ConvGeometry
 
@@ -99,6 +99,7 @@ class QuantizedAdder(ArithmeticMethod):
 
     method = "quantized_adder"
     fits = True
+    recipe = RECIPE
 
     bits: int = Field(8, ge=2, le=8, description="of a weight and of what is read")
     groups: int = Field(4, ge=1, le=MOST_GROUPS, description="of filters with a scale each, at most")
