@@ -188,11 +188,11 @@ def arithmetic(suite: str, where: Callable[[Row], bool]) -> Table:
     )
 
 
-def whole(suite: str) -> Table:
-    """Packed networks against their float originals."""
+def whole(suite: str, network: str = "") -> Table:
+    """Packed networks against their float originals: all of them, or those of one name."""
     return Table(
         suite=suite,
-        where=lambda row: "whole" in row["case"],
+        where=lambda row: "whole" in row["case"] and row["case"].startswith(network),
         key=("case", "method", "batch", "threads"),
         columns={
             "network": text("case"),
@@ -213,6 +213,7 @@ TABLES = {
     "binary-other": arithmetic("binary", lambda row: row["batch"] == 1 and not row["method"].startswith("bits")),
     "binary-batch": arithmetic("binary", lambda row: row["batch"] == 8 and row["method"] == "bits to floats"),
     "binary-whole": whole("binary"),
+    "binary-resnet18": whole("binary", "resnet18"),
     "adder-whole": whole("adder"),
     "adder": arithmetic("adder", lambda row: True),
     "arithmetic": Table(

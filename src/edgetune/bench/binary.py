@@ -24,7 +24,9 @@ SPEEDUPS = ("speedup", "int8_speedup", "gmac_s")
 class Options(whole.WholeOptions):
     """Which layers and which whole networks, how set, how long."""
 
-    networks: tuple[whole.Network, ...] = (whole.Network(name="resnet18", size=224),)
+    networks: tuple[whole.Network, ...] = (whole.Network(name="resnet18", size=224),
+                                           whole.Network(name="vgg_small", size=32),
+                                           whole.Network(name="resnet20_bireal", size=32))
 
 
 def candidates(drawn: Drawn) -> Sequence[Candidate]:
