@@ -10,14 +10,14 @@ trained adder network of the same seed, whose ranges and norms are then fitted t
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from edgetune.bench.adapt import adapt, tested, trained, trainee_of
-from edgetune.bench.arms import BATCH, Arm, Prepare, arithmetic, unfrozen
+from edgetune.bench.arms import BATCH, Arm, arithmetic, unfrozen
 from edgetune.bench.cases import Bench, Case, Recipe, pupil
 from edgetune.bench.cells import Line, cell_key, written_once
 from edgetune.bench.grid import PLAIN, Grid, GridOptions
@@ -60,16 +60,11 @@ RESNET20 = Case(
 ALIGNED = Distil(features=1.0, logits=1.0)
 
 
-def arm(name: str, prepare: Prepare, rate: float) -> Arm:
-    """A row with a learning rate of its own."""
-    return Arm(name, prepare, rates=(rate,))
-
-
 def by(method: ArithmeticMethod, distil: Distil | None = None) -> Arm:
     """A row of an arithmetic method, at the rate of its recipe."""
     rate = float(method.recipe["learning_rate"])
     label = method.label + (", distilled" if distil else "")
-    return arm(label, arithmetic(method, distil), rate)
+    return Arm(label, arithmetic(method, distil), rates=(rate,))
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ def adder(after: QuantizedAdder | None = None) -> Arm:
 
 
 ARMS = (
-    replace(arm(PLAIN, unfrozen("adamw"), 0.003), rates=None),
+    Arm(PLAIN, unfrozen("adamw")),
     by(XNOR()),
     by(DIRNet(alive=0.0)),
     by(DIRNet()),

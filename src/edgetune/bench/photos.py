@@ -18,9 +18,10 @@ from edgetune.bench.cells import cell_key, written_once
 from edgetune.data.augment import augment
 from edgetune.data.chance import generator_for, permutation
 from edgetune.data.dataset import Dataset
-from edgetune.data.loading import load_data
+from edgetune.data.loading import load_data, open_source
 from edgetune.data.preprocess import Preprocess
 from edgetune.data.settings import Augment
+from edgetune.data.source import TRAIN, thin
 
 Split = tuple[list[int], list[int]]
 SHOWN = 1000
@@ -92,8 +93,10 @@ def flowers(root: Path, preprocess: Preprocess, limit: int | None = None, folds:
 def drifted_flowers(root: Path, preprocess: Preprocess, limit: int = SHOWN, seeds: int = 6) -> Photos:
     """flowers5 through another camera, for all seeds: to train on what `limit` of its training photos look like there,
     and to test on all others."""
-    known = set(load_data(root / "flowers5_224", preprocess, limit=limit).train.names)
-    dataset = load_data(f"{root / 'flowers5_224'}:drift", preprocess)
+    folder = root / "flowers5_224"
+    listed = open_source(folder)
+    known = set(thin(listed.splits[TRAIN], limit, len(listed.classes), seed=0).names)  # as `load_data` does
+    dataset = load_data(f"{folder}:drift", preprocess)
     split: Split = ([], [])
     for index, name in enumerate((*dataset.train.names, *dataset.val.names)):
         split[name not in known].append(index)

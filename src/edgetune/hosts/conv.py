@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from edgetune.contract import Kept, LayerMethod, Needs, Rule, Segment, Tensors
 from edgetune.graph import Call
+from edgetune.kernels import is_channels_last
 from edgetune.overlap import ConvGeometry
 
 # the overload itself: to look it up costs as much as a small layer
@@ -68,7 +69,7 @@ def _not_read(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     expanded is in none, would be copied, and the products would be made in that order, which costs more than they do.
     """
     n, c, h, w = shape
-    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    last = is_channels_last(like)
     strides = (h * w * c, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
     if like.numel() < n * c * h * w or not (last or like.is_contiguous()):
         return like.new_empty_strided(shape, strides)

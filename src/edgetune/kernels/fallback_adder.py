@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgetune.kernels.geometry import ceil_div, dense, is_channels_last, memory_format
-from edgetune.kernels.meta_adder import OCTET, QUAD
+from edgetune.kernels.meta_adder import OCTET, QUAD, laid_out
 from edgetune.kernels.windows import Windows, windows, windows_of
 
 _TILE = 2**22
@@ -76,11 +76,6 @@ def adder_filters(weight: Tensor, groups: int) -> Tensor:
     return apart.permute(0, 1, 5, 3, 2, 4).reshape(-1).contiguous()
 
 
-def _bytes_of(o: int, i: int, found: Windows) -> int:
-    """Of what adder_filters makes of so many filters."""
-    return ceil_div(o, QUAD) * ceil_div(i, OCTET) * QUAD * OCTET * len(found.taps())
-
-
 def _weight_of(filters: Tensor, o: int, i: int, found: Windows) -> Tensor:
     """What adder_filters was given: (o i u v)."""
     groups, taps = found.groups, found.kernel[0] * found.kernel[1]
@@ -102,7 +97,8 @@ def adder_conv_steps(x: Tensor, filters: Tensor, members: Tensor, step: Tensor, 
                      top: int, exact: bool, kernel: Sequence[int], stride: Sequence[int], pads: Sequence[int],
                      dilation: Sequence[int]) -> Tensor:
     found, x = windows(kernel, stride, pads, dilation, 1), x.contiguous(memory_format=torch.channels_last)
-    out, each = found.out_size(*x.shape[2:]), filters.split([_bytes_of(size, x.shape[1], found) for size in sizes])
+    out, taps = found.out_size(*x.shape[2:]), len(found.taps())
+    each = filters.split([laid_out(size, x.shape[1], taps, 1) for size in sizes])
     y = x.new_empty((x.shape[0], len(members), *out)).contiguous(memory_format=torch.channels_last)
     for mine, own, own_shift, own_step in zip(each, members.long().split(list(sizes)), shift.split(list(sizes)), step,
                                               strict=True):

@@ -42,7 +42,7 @@ def adder_filters(weight: Tensor, groups: int) -> Tensor:
     _check_bytes(weight)
     if groups < 1 or o % groups:
         raise EdgetuneError(f"{o} filters don't divide into {groups} groups: give the layer's own groups")
-    return torch.empty((_laid_out(o, i, u * v, groups),), dtype=torch.uint8, device=weight.device)
+    return torch.empty((laid_out(o, i, u * v, groups),), dtype=torch.uint8, device=weight.device)
 
 
 def adder_conv_u8(x: Tensor, filters: Tensor, out_channels: int, kernel: Sequence[int], stride: Sequence[int],
@@ -51,7 +51,7 @@ def adder_conv_u8(x: Tensor, filters: Tensor, out_channels: int, kernel: Sequenc
     _check_bytes(x)
     p, q = windows(kernel, stride, pads, dilation, groups).out_size(h, w)
     taps = kernel[0] * kernel[1]
-    if c % groups or out_channels % groups or filters.shape != (_laid_out(out_channels, c // groups, taps, groups),):
+    if c % groups or out_channels % groups or filters.shape != (laid_out(out_channels, c // groups, taps, groups),):
         raise EdgetuneError(f"filters of shape {tuple(filters.shape)} aren't {out_channels} filters of {c} channels in "
                             f"{groups} groups with a {kernel[0]}x{kernel[1]} kernel: give what adder_filters made")
     _check_bytes(filters)
@@ -70,7 +70,7 @@ def adder_conv_steps(x: Tensor, filters: Tensor, members: Tensor, step: Tensor, 
     o, taps = sum(sizes), kernel[0] * kernel[1]
     if not 1 <= top <= 255:
         raise EdgetuneError(f"{top} isn't the last step that a byte holds: give 1 to 255")
-    if min(sizes, default=0) < 1 or filters.shape != (sum(_laid_out(size, c, taps, 1) for size in sizes),):
+    if min(sizes, default=0) < 1 or filters.shape != (sum(laid_out(size, c, taps, 1) for size in sizes),):
         raise EdgetuneError(f"filters of shape {tuple(filters.shape)} aren't groups of {list(sizes)} filters of {c} "
                             f"channels with a {kernel[0]}x{kernel[1]} kernel: give what adder_filters made of each")
     expect(members, "o", o=o)
@@ -84,7 +84,8 @@ def adder_conv_steps(x: Tensor, filters: Tensor, members: Tensor, step: Tensor, 
     return torch.empty((n, o, p, q), dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
 
 
-def _laid_out(o: int, i: int, taps: int, groups: int) -> int:
+def laid_out(o: int, i: int, taps: int, groups: int) -> int:
+    """Bytes of what adder_filters makes of o filters of i channels each."""
     return groups * ceil_div(o // groups, QUAD) * taps * ceil_div(i, OCTET) * QUAD * OCTET
 
 
