@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from edgetune.bench import arithmetic
-from edgetune.bench.cases import Bench, pupil
+from edgetune.bench.arms import Arm
+from edgetune.bench.cases import Bench, Case, pupil
 from edgetune.bench.grid import PLAIN
 from edgetune.bench.pretrain import Lesson
 
@@ -20,8 +21,17 @@ from edgetune.bench.pretrain import Lesson
 def bench(shared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     data_folder = shared("cifar10_jpeg.npz").parent
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    start = pupil(Lesson(network="resnet20_bireal", size=32, limit=50, cycles=()), arithmetic.cifar)
-    return Bench(replace(arithmetic.RESNET20, start=start, epochs=1), str(data_folder), quick=True)
+    return small(arithmetic.RESNET20, data_folder)
+
+
+def small(case: Case, data_folder: Path) -> Bench:
+    """A case whose network has been taught nothing."""
+    start = pupil(Lesson(network=case.start.network, size=32, limit=50, cycles=()), arithmetic.cifar(100))
+    return Bench(replace(case, start=start, epochs=1), str(data_folder), quick=True)
+
+
+def arms(case: Case) -> list[Arm]:
+    return [arm for other, arm in arithmetic.GRID.rows if other == case]
 
 
 def cell(bench: Bench, arm: Any) -> dict[str, Any]:
@@ -29,23 +39,29 @@ def cell(bench: Bench, arm: Any) -> dict[str, Any]:
     return arithmetic.study(bench, arm, (train[:32], test[:40]), arm.rates[0] if arm.rates else 0.02, 0)
 
 
-def test_rows_are_all_methods_beside_the_float_network() -> None:
-    names = [arm.method for arm in arithmetic.ARMS]
+@pytest.mark.parametrize("case", arithmetic.GRID.cases, ids=lambda case: case.name)
+def test_rows_are_all_methods_beside_the_float_network(case: Case) -> None:
+    names = [arm.method for arm in arms(case)]
     assert names == [PLAIN, "xnor", "ir net", "dir net", "dir net, distilled", "xnor, binary weights", "addernet",
                      *(f"quantized adder, {bits} bits" for bits in (8, 6, 5, 4))]
 
 
 @pytest.mark.parametrize("name", [PLAIN, "xnor", "dir net, distilled"])
 def test_an_arm_trains_and_is_tested(bench: Bench, name: str) -> None:
-    arm = next(arm for arm in arithmetic.ARMS if arm.method == name)
+    arm = next(arm for arm in arms(arithmetic.RESNET20) if arm.method == name)
     found = cell(bench, arm)
     assert found["tested"] == 40 and 0 <= found["accuracy"] <= 100
     assert len(found["curve"]) == 1 and found["curve"][0]["loss"] > 0
     assert found["kept_bytes"] > 0
 
 
+def test_a_network_without_blocks_is_told_by_its_teacher(bench: Bench) -> None:
+    arm = next(arm for arm in arms(arithmetic.VGG_SMALL) if arm.method == "dir net, distilled")
+    assert cell(small(arithmetic.VGG_SMALL, Path(bench.data)), arm)["curve"][0]["loss"] > 0
+
+
 def test_an_adder_network_is_trained_once_for_all_its_rows(bench: Bench, tmp_path: Path) -> None:
-    adder, *quantized = [arm for arm in arithmetic.ARMS if isinstance(arm, arithmetic.Adder)]
+    adder, *quantized = [arm for arm in arms(arithmetic.RESNET20) if isinstance(arm, arithmetic.Adder)]
     first = cell(bench, adder)
     files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("edgetune-adder-*.safetensors")}
     assert len(files) == 1
