@@ -224,6 +224,8 @@ TABLES = {
             "method": text("method"),
             "accuracy %": spread("accuracy_mean", "accuracy_sd"),
             "to plain (95 %)": interval,
+            "packed": number("packed_accuracy", 1),
+            "in another class": text("packed_other"),
             "rate": text("rate"),
             "kept": size("kept_bytes"),
             "runs": text("seeds"),

@@ -53,6 +53,9 @@ def test_an_arm_trains_and_is_tested(bench: Bench, name: str) -> None:
     assert found["tested"] == 40 and 0 <= found["accuracy"] <= 100
     assert len(found["curve"]) == 1 and found["curve"][0]["loss"] > 0
     assert found["kept_bytes"] > 0
+    assert ("packed_accuracy" in found) is (name != PLAIN)
+    if name != PLAIN:
+        assert found["packed_other"] == 0 and found["packed_apart"] < 1e-4
 
 
 def test_a_network_without_blocks_is_told_by_its_teacher(bench: Bench) -> None:
@@ -68,3 +71,4 @@ def test_an_adder_network_is_trained_once_for_all_its_rows(bench: Bench, tmp_pat
     found = cell(bench, quantized[0])
     assert {file: file.stat().st_mtime_ns for file in files} == files
     assert found["tested"] == first["tested"] == 40
+    assert found["packed_other"] == 0 and "packed_other" not in first

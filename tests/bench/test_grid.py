@@ -78,7 +78,7 @@ class Fake:
         return self._found("search", arm, split, rate, seed) | {"test_loss": abs(rate - BEST[arm.method])}
 
     def study(self, bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
-        return self._found("cell", arm, split, rate, seed) | {"peak_bytes": 10 + seed, "threads": 1}
+        return self._found("cell", arm, split, rate, seed) | {"peak_bytes": 10 + seed, "apart": seed, "threads": 1}
 
     def _found(self, what: str, arm: Arm, split: Split, rate: float, seed: int) -> Line:
         if len(self.asked) == self.stop_at:
@@ -91,7 +91,11 @@ class Fake:
 
     def grid(self) -> Grid:
         rows = tuple((CASE, arm) for arm in ARMS)
-        facts: dict[str, tuple[str, ...]] = {"facts": ("threads",), "medians": ("peak_bytes", "nowhere")}
+        facts: dict[str, tuple[str, ...]] = {
+            "facts": ("threads",),
+            "medians": ("peak_bytes", "nowhere"),
+            "worst": ("apart", "nowhere"),
+        }
         return Grid("fake", (CASE,), rows, study=self.study, search=self.search, **facts)
 
 
@@ -124,11 +128,11 @@ def test_a_stopped_grid_goes_on_and_runs_nothing_twice(tmp_path: Path, stop_at: 
     assert third.asked == []
 
 
-def test_rows_have_medians_facts_and_plain_beside_them(tmp_path: Path) -> None:
+def test_rows_have_medians_extremes_facts_and_plain_beside_them(tmp_path: Path) -> None:
     rows = Fake().grid().run(options(tmp_path))["rows"]
     assert [row["method"] for row in rows] == [arm.method for arm in ARMS]
     assert all(row["threads"] == 1 and row["peak_bytes"] == 10.5 and row["seeds"] == 2 for row in rows)
-    assert all("nowhere" not in row for row in rows)
+    assert all(row["apart"] == 1 and "nowhere" not in row for row in rows)
     plain, ours, *_ = rows
     assert "accuracy_difference" not in plain and "peak_bytes_baseline" not in plain
     # of four photos the second is lost in both runs

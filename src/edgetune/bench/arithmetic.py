@@ -10,12 +10,15 @@ trained adder network of the same seed, whose ranges and norms are then fitted t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from edgetune.bench.adapt import adapt, tested, trained, trainee_of
 from edgetune.bench.arms import BATCH, Arm, arithmetic, unfrozen
@@ -29,10 +32,12 @@ from edgetune.contract import ArithmeticMethod
 from edgetune.data.chance import permutation
 from edgetune.data.preprocess import Preprocess
 from edgetune.distil import Distil
+from edgetune.hosts.arithmetic import arithmetic_layers
 from edgetune.methods.arithmetic.addernet import AdderNet
 from edgetune.methods.arithmetic.dir_net import DIRNet
 from edgetune.methods.arithmetic.quantized_adder import QuantizedAdder
 from edgetune.methods.arithmetic.xnor import XNOR
+from edgetune.packed import PackedNetwork, pack, rounded
 
 
 class Options(GridOptions):
@@ -112,14 +117,49 @@ def arms(distil: Distil) -> tuple[Arm, ...]:
     )
 
 
+AT_ONCE = 100
+"""Pictures that are tested together."""
+
+
+def packed(model: nn.Module, bench: Bench, test: Sequence[int]) -> Line:
+    """What the packed network says of the test pictures, where there is one.
+
+    Its accuracy, how many of the pictures the trained network, its other weights rounded as the file has them, puts in
+    another class, and how far the logits of the two are apart at most.
+    """
+    methods = [layer.method for layer in arithmetic_layers(model).values()]
+    if not methods or any(method.unpacked() is not None for method in methods):
+        return {}
+    source, labels = bench.source(), bench.photos().labels[list(test)]
+    few, simulated = PackedNetwork(pack(model, source.seen(test[:1], None).shape)), rounded(model)
+    both = []
+    with torch.no_grad():
+        for first in range(0, len(test), AT_ONCE):
+            x = source.seen(test[first : first + AT_ONCE], None).contiguous(memory_format=torch.channels_last)
+            both.append(torch.stack((few(x), simulated(x))))
+    ours, theirs = torch.cat(both, dim=1)
+    return {
+        "packed_accuracy": 100 * float((ours.argmax(1) == labels).double().mean()),
+        "packed_other": int((ours.argmax(1) != theirs.argmax(1)).sum()),
+        "packed_apart": float((ours - theirs).abs().max()),
+    }
+
+
 FITTED_TO = 8
 """Batches of training pictures that ranges and norms are fitted to."""
 
 
 def study(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
     """A cell. The adder network of a seed is trained once for all of its rows: the temporary folder remembers it."""
-    if not isinstance(arm, Adder):
-        return adapt(bench, arm, split, rate, seed)
+    if isinstance(arm, Adder):
+        return _added(bench, arm, split, rate, seed)
+    started = time.perf_counter()
+    trainee, curve = trained(bench, arm, split, rate, seed)
+    found = {**tested(trainee, bench, split), **packed(trainee.model, bench, split[1])}
+    return {**found, "curve": curve, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _added(bench: Bench, arm: Adder, split: Split, rate: float, seed: int) -> Line:
     known = {"case": bench.case.name, **bench.case.identity, "quick": bench.quick, "rate": rate, "seed": seed}
     path = Path(tempfile.gettempdir()) / f"edgetune-adder-{cell_key(known)}.safetensors"
 
@@ -134,7 +174,8 @@ def study(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
         drawn = [split[0][i] for i in permutation(len(split[0]), "fitted", seed)[: FITTED_TO * BATCH]]
         parts = [drawn[first : first + BATCH] for first in range(0, len(drawn), BATCH)]
         quantize_layers(trainee.model, arm.after, [source.seen(part, None) for part in parts])
-    return {**tested(trainee, bench, split), "curve": [], "seconds": None}
+    found = tested(trainee, bench, split)
+    return {**found, **packed(trainee.model, bench, split[1]), "curve": [], "seconds": None}
 
 
 GRID = Grid(
@@ -142,7 +183,9 @@ GRID = Grid(
     (RESNET20, VGG_SMALL),
     tuple((case, arm) for case, distil in ((RESNET20, ALIGNED), (VGG_SMALL, TOLD)) for arm in arms(distil)),
     study=study,
-    search=study,
+    search=adapt,
+    medians=("packed_accuracy",),
+    worst=("packed_other", "packed_apart"),
 )
 summarise = GRID.summarise
 

@@ -56,7 +56,8 @@ class Grid:
     """A suite: cases in the order of its table, rows with the deciding ones first, what is found out in a cell.
 
     `search` is what is found out in trying a learning rate. `facts` are fields of a cell that its row has too, and
-    `medians` those of which it has the median over the cells, with that of the `baseline` arm beside it.
+    `medians` those of which it has the median over the cells, with that of the `baseline` arm beside it; of those in
+    `worst` it has the largest.
     """
 
     suite: str
@@ -66,6 +67,7 @@ class Grid:
     search: Study
     facts: tuple[str, ...] = ()
     medians: tuple[str, ...] = ()
+    worst: tuple[str, ...] = ()
     baseline: str = PLAIN
 
     def plain(self, case: Case) -> Arm:
@@ -158,7 +160,8 @@ class Grid:
         row = {
             "suite": self.suite,
             **{name: last[name] for name in (*_SHARED, *self.facts)},
-            **_medians(cells, self.medians),
+            **_over(cells, self.medians, statistics.median),
+            **_over(cells, self.worst, max),
             "accuracy_mean": statistics.fmean(accuracies),
             "accuracy_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
             "seeds": len(accuracies),
@@ -166,7 +169,7 @@ class Grid:
         common = sorted(cells.keys() & plain.keys())
         if not common or last["method"] == self.baseline:
             return row
-        beside = {"kept_bytes": plain[common[0]]["kept_bytes"], **_medians(plain, self.medians)}
+        beside = {"kept_bytes": plain[common[0]]["kept_bytes"], **_over(plain, self.medians, statistics.median)}
         return {**row, **_compared(cells, plain, common), **{f"{name}_baseline": n for name, n in beside.items()}}
 
 
@@ -213,10 +216,10 @@ def _of(line: Line, case: Case, quick: bool) -> bool:
     return {name: line[name] for name in wanted} == wanted
 
 
-def _medians(cells: dict[int, Line], names: tuple[str, ...]) -> Line:
-    """Medians over the cells that have a number; those that no cell has are left out."""
+def _over(cells: dict[int, Line], names: tuple[str, ...], said: Callable[[list[Any]], Any]) -> Line:
+    """What is `said` over the cells that have a number; names that no cell has are left out."""
     found = {name: [cell[name] for cell in cells.values() if cell.get(name) is not None] for name in names}
-    return {name: statistics.median(values) for name, values in found.items() if values}
+    return {name: said(values) for name, values in found.items() if values}
 
 
 def _compared(cells: dict[int, Line], plain: dict[int, Line], common: list[int]) -> Line:
