@@ -57,12 +57,12 @@ class _Residual(nn.Module):
 
 
 class _TwoReaders(nn.Module):
-    """One map, read by layers of one and of two groups and by a float gate."""
+    """One map, read by a layer of one group, a depthwise one and a float gate."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = _conv(3, 8)
-        self.one, self.two = _conv(8, 8), _conv(8, 8, groups=2)
+        self.one, self.two = _conv(8, 8), _conv(8, 8, groups=8)
         self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -145,9 +145,8 @@ def bits_read(model: nn.Module, x: torch.Tensor) -> tuple[dict[str, torch.Tensor
     seen: dict[str, torch.Tensor] = {}
     handles = []
     for name, layer in arithmetic_layers(model).items():
-        def look(module: nn.Module, given: tuple[torch.Tensor, ...], node: str = name.replace(".", "_"),
-                 groups: int = layer.groups) -> None:
-            seen[node] = sign_pack(given[0], groups)
+        def look(module: nn.Module, given: tuple[torch.Tensor, ...], node: str = name.replace(".", "_")) -> None:
+            seen[node] = sign_pack(given[0])
         handles.append(layer.register_forward_pre_hook(look))
     with torch.no_grad():
         y = model(x)

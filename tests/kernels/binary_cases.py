@@ -22,6 +22,8 @@ def _drawn_layer(chosen: random.Random, pad_value: int) -> tuple[BinaryLayer, tu
         kernel, stride = chosen.choice(KERNELS), chosen.choice([(1, 1), (1, 1), (2, 2), (1, 3)])
         pads = [chosen.randint(0, 3) for _ in range(4)]
         dil = chosen.choice([(1, 1), (1, 1), (2, 2), (1, 2)])
+        if chosen.random() < 0.2:  # depthwise, up to more channels than are computed at a time
+            i, o, groups = 1, 1, chosen.choice([1, 5, 64, 65, 130, 256, 300])
         layer = BinaryLayer(i * groups, o * groups, *kernel, *stride, *pads, *dil, groups, pad_value)
         n, h, w = chosen.choice([0, 1, 1, 2, 3]), chosen.randint(1, 11), chosen.randint(1, 12)
         try:
@@ -41,19 +43,18 @@ def _spread(x: Tensor, chosen: random.Random) -> Tensor:
 
 
 def sign_pack(chosen: random.Random) -> tuple[Any, ...]:
-    groups = chosen.choice([1, 1, 2, 3])
-    shape = (chosen.choice([0, 1, 2]), groups * chosen.choice([1, 5, 32, 40, 64, 100, 128]), chosen.randint(1, 9),
+    shape = (chosen.choice([0, 1, 2]), chosen.choice([1, 5, 32, 40, 64, 80, 100, 128, 300]), chosen.randint(1, 9),
              chosen.choice([1, 7, 30, 70]))
     x = torch.randn(shape).to(chosen.choice([torch.float32, torch.float32, torch.float32, torch.float64,
                                              torch.bfloat16]))
     for value in (0.0, -0.0, float("nan"), float("inf"), -float("inf")):
         x[torch.rand(shape) < 0.03] = value
-    return _spread(x, chosen), groups
+    return (_spread(x, chosen),)
 
 
 def sign_unpack(chosen: random.Random) -> tuple[Any, ...]:
-    x, groups = sign_pack(chosen)
-    return _spread(fallback.sign_pack(x, groups), chosen), x.shape[1], groups
+    (x,) = sign_pack(chosen)
+    return _spread(fallback.sign_pack(x), chosen), x.shape[1]
 
 
 def _plain_bits(layer: BinaryLayer) -> Tensor:
@@ -80,13 +81,9 @@ def _affine(chosen: random.Random, channels: int, shape: tuple[int, ...]) -> lis
 
 def _binary(chosen: random.Random) -> tuple[BinaryLayer, Tensor, Tensor, list[Tensor | None]]:
     layer, (n, h, w) = _drawn_layer(chosen, chosen.choice([-1, 0, 0, 1]))
-    bits = fallback.sign_pack(torch.randn(n, layer.channels, h, w), layer.groups)
+    bits = fallback.sign_pack(torch.randn(n, layer.channels, h, w))
     shape = n, layer.out_channels, *layer.out_size(h, w)
     return layer, _spread(bits, chosen), _filters(layer), _affine(chosen, layer.out_channels, shape)
-
-
-def _next_groups(chosen: random.Random, layer: BinaryLayer) -> int:
-    return chosen.choice([1, layer.groups, layer.out_channels])
 
 
 def binary_conv(chosen: random.Random) -> tuple[Any, ...]:
@@ -96,7 +93,7 @@ def binary_conv(chosen: random.Random) -> tuple[Any, ...]:
 
 def binary_conv_both(chosen: random.Random) -> tuple[Any, ...]:
     layer, bits, filters, affine = _binary(chosen)
-    return bits, filters, *affine, _next_groups(chosen, layer), list(layer)
+    return bits, filters, *affine, list(layer)
 
 
 def binary_conv_sign(chosen: random.Random) -> tuple[Any, ...]:
@@ -105,18 +102,18 @@ def binary_conv_sign(chosen: random.Random) -> tuple[Any, ...]:
     for value in (-(2**31), 2**31 - 1):
         threshold[torch.rand(threshold.shape) < 0.1] = value
     flip = torch.rand(threshold.shape) < 0.5 if chosen.random() < 0.6 else None
-    return bits, filters, threshold, flip, _next_groups(chosen, layer), list(layer)
+    return bits, filters, threshold, flip, list(layer)
 
 
 def affine_clip(chosen: random.Random) -> tuple[Any, ...]:
-    x, groups = sign_pack(chosen)
+    (x,) = sign_pack(chosen)
     x = (x.nan_to_num(0.5, 3.0, -3.0) * 64).round().float() / 64
     gain, shift, residual = _affine(chosen, x.shape[1], tuple(x.shape))
     if gain is None or shift is None:
         gain = shift = None
     whole = chosen.random() < 0.7
     low, high = chosen.choice([(-1.0, 1.0), (0.0, float("inf")), (0.0, 6.0), (-float("inf"), float("inf"))])
-    return x, gain, shift, residual, low, high, whole, 0 if whole and chosen.random() < 0.4 else groups
+    return x, gain, shift, residual, low, high, whole, not whole or chosen.random() < 0.6
 
 
 def bit_weight_conv(chosen: random.Random) -> tuple[Any, ...]:

@@ -11,27 +11,24 @@ from torch import Tensor
 from edgetune.kernels import BinaryLayer
 
 
-def slow_sign_pack(x: Tensor, groups: int) -> Tensor:
+def slow_sign_pack(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
-    each = c // groups
-    words = (each + 63) // 64
-    packed = torch.zeros((n, h, w, groups * words), dtype=torch.int64)
+    packed = torch.zeros((n, h, w, (c + 63) // 64), dtype=torch.int64)
     for channel in range(c):
-        bit = channel % each
-        packed[..., channel // each * words + bit // 64] |= (x[:, channel] >= 0).long() << bit % 64
+        packed[..., channel // 64] |= (x[:, channel] >= 0).long() << channel % 64
     return packed.double()
 
 
-def slow_sign_unpack(bits: Tensor, channels: int, groups: int) -> Tensor:
-    words = bits.shape[3]
-    each = channels // groups
-    planes = [bits[..., c // each * (words // groups) + c % each // 64] >> c % each % 64 & 1 for c in range(channels)]
+def slow_sign_unpack(bits: Tensor, channels: int) -> Tensor:
+    planes = [bits[..., c // 64] >> c % 64 & 1 for c in range(channels)]
     return (2 * torch.stack(planes, 1) - 1).double()
 
 
 def slow_arrange_filters(bits: Tensor, channels: int, groups: int) -> Tensor:
-    """Byte by byte."""
+    """Byte by byte; bit by bit where the layer is depthwise."""
     o, u, v, _ = bits.shape
+    if BinaryLayer(channels, o, u, v, groups=groups).is_depthwise:
+        return slow_sign_pack((bits[..., 0] & 1).view(1, o, u, v) - 1).view(u, v, -1)
     each, used = o // groups, (channels // groups + 7) // 8
     blocks = (each + 31) // 32
     octets = torch.zeros((groups, blocks, u, v, used, 32), dtype=torch.uint8)
@@ -45,6 +42,8 @@ def slow_arrange_filters(bits: Tensor, channels: int, groups: int) -> Tensor:
 
 def weight_of(filters: Tensor, layer: BinaryLayer) -> Tensor:
     """+-1 (o i u v) of arranged filters."""
+    if layer.is_depthwise:
+        return slow_sign_unpack(filters[None], layer.channels).transpose(0, 1)
     octets = filters.contiguous().view(-1).view(torch.uint8).view(*filters.shape[:-1], 32)
     each, i = layer.out_channels // layer.groups, layer.channels // layer.groups
     k = torch.arange(layer.out_channels)
@@ -69,29 +68,29 @@ def _affine(y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Ten
 def slow_binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
                      residual: Tensor | None, numbers: Sequence[int]) -> Tensor:
     layer = BinaryLayer(*numbers)
-    x = slow_sign_unpack(bits, layer.channels, layer.groups)
+    x = slow_sign_unpack(bits, layer.channels)
     return _affine(_conv(x, filters, layer), scale, shift, residual)
 
 
 def slow_binary_conv_both(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
-                          residual: Tensor | None, next_groups: int, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+                          residual: Tensor | None, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
     y = slow_binary_conv(bits, filters, scale, shift, residual, numbers)
-    return y, slow_sign_pack(y, next_groups)
+    return y, slow_sign_pack(y)
 
 
-def slow_binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None, next_groups: int,
+def slow_binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None,
                           numbers: Sequence[int]) -> Tensor:
     y = slow_binary_conv(bits, filters, None, None, None, numbers)
     reached = (y >= threshold.double().view(-1, 1, 1)).double()
     if flip is not None:
         reached = (reached - flip.double().view(-1, 1, 1)).abs()
-    return slow_sign_pack(reached - 0.5, next_groups)
+    return slow_sign_pack(reached - 0.5)
 
 
 def slow_affine_clip(x: Tensor, gain: Tensor | None, shift: Tensor | None, residual: Tensor | None, low: float,
-                     high: float, whole: bool, groups: int) -> tuple[Tensor, Tensor]:
+                     high: float, whole: bool, signs: bool) -> tuple[Tensor, Tensor]:
     y, nothing = _affine(x.double(), gain, shift, residual).clamp(low, high), torch.zeros((0, 0, 0, 0)).double()
-    return y if whole else nothing, slow_sign_pack(y, groups) if groups else nothing
+    return y if whole else nothing, slow_sign_pack(y) if signs else nothing
 
 
 def slow_bit_weight_conv(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,

@@ -26,15 +26,15 @@ void et_bounded_encode_f32(const float *, uint8_t *, const I *, I *, I, float, f
 void et_bounded_decode_f32(const uint8_t *, I, float *, I *, I *, I, float, int);
 void et_grid_products_f32(const float *, const float *, const float *, const float *, const float *, float *, float *,
                           float *, const I *, int);
-void et_sign_pack_f32(const float *, uint64_t *, I, I, I, I, int, int);
-void et_sign_unpack_f32(const uint64_t *, float *, I, I, I, int);
+void et_sign_pack_f32(const float *, uint64_t *, I, I, I, int, int);
+void et_sign_unpack_f32(const uint64_t *, float *, I, I, int);
 void et_arrange_filters_f32(const uint8_t *, uint8_t *, I, I, I, I, I, int);
 void et_binary_conv_f32(const uint8_t *, const uint8_t *, const float *, const float *, const float *, const int32_t *,
                         const uint8_t *, float *, uint64_t *, void *, const I *, int);
 void et_bit_weight_conv_f32(const uint8_t *, const uint8_t *, const float *, const float *, const float *, float *,
                             int32_t *, uint8_t *, const I *, int);
 void et_affine_clip_f32(const float *, const float *, const float *, const float *, float, float, float *, uint64_t *,
-                        I, I, I, int);
+                        I, I, int);
 
 enum { ROOM = 1 << 18 };
 static uint32_t state = 1;
@@ -171,27 +171,28 @@ static void check_bounded(float *x) {
 
 /* n h w, channels and filters of a group, groups, kernel, stride, pad, dilation, value of the border; batches cut in two. */
 static void check_binary(float *x, const uint8_t *bytes) {
-    static const I cases[7][11] = {{1, 6, 7, 64, 64, 1, 3, 1, 1, 1, 0}, {2, 9, 8, 70, 33, 2, 3, 2, 1, 1, 1},
+    static const I cases[][11] = {{1, 6, 7, 64, 64, 1, 3, 1, 1, 1, 0}, {2, 9, 8, 70, 33, 2, 3, 2, 1, 1, 1},
                                   {3, 5, 5, 3, 100, 1, 5, 1, 2, 2, 0}, {2, 4, 9, 130, 70, 1, 1, 1, 0, 1, -1},
-                                  {1, 8, 8, 1, 1, 40, 3, 1, 1, 1, 0}, {2, 5, 9, 1, 1, 130, 5, 2, 2, 1, 1}, {1, 2, 2, 7300, 2, 1, 3, 1, 1, 1, 0}};
+                                  {1, 8, 8, 1, 1, 40, 3, 1, 1, 1, 0}, {2, 5, 9, 1, 1, 130, 5, 2, 2, 1, 1}, {1, 2, 2, 7300, 2, 1, 3, 1, 1, 1, 0},
+                                  {2, 6, 6, 5, 3, 6, 3, 1, 1, 1, 0}, {1, 7, 7, 1, 1, 300, 3, 1, 1, 1, 0}};
     float *y = room();
     uint8_t *scratch = room(), *flips = room();
     uint64_t *bits = room(), *plain = room(), *filters = room(), *out = room();
     int32_t *limits = room();
     for (I i = 0; i < ROOM; i++) x[i] = value(), limits[i] = (int32_t)(next() >> 8) % 21 - 10, flips[i] = next() >> 8 & 1;
-    for (int k = 0; k < 7; k++) {
+    for (int k = 0; k < 9; k++) {
         const I *s = cases[k], n = s[0], h = s[1], w = s[2], i = s[3], o = s[4], g = s[5], t = s[6], d = s[9];
         I p = (h + 2 * s[8] - d * (t - 1) - 1) / s[7] + 1, q = (w + 2 * s[8] - d * (t - 1) - 1) / s[7] + 1;
-        I words = (i + 63) / 64, wide = (i + 7) / 8, next_groups = k % 2 ? g : 1, per_group = o * g / next_groups;
-        I outs = n * p * q * o * g, out_words = n * p * q * next_groups * ((per_group + 63) / 64);
-        et_sign_pack_f32(x, bits, n, i * g, h * w, g, k % 2, 2);
-        show("sign_pack", bits, n * h * w * g * words * 8);
-        et_sign_unpack_f32(bits, y, n * h * w, i * g, g, 2);
+        I words = (i + 63) / 64, wide = i * o == 1 ? 0 : (i + 7) / 8;
+        I outs = n * p * q * o * g, out_words = n * p * q * ((o * g + 63) / 64);
+        et_sign_pack_f32(x, bits, n, i * g, h * w, k % 2, 2);
+        show("sign_pack", bits, n * h * w * ((i * g + 63) / 64) * 8);
+        et_sign_unpack_f32(bits, y, n * h * w, i * g, 2);
         show("sign_unpack", y, n * h * w * i * g * sizeof *y);
-        et_sign_pack_f32(x + 777, plain, o * g, i, t * t, 1, 0, 2);
+        et_sign_pack_f32(x + 777, plain, o * g, i, t * t, 0, 2);
         et_arrange_filters_f32((uint8_t *)plain, (uint8_t *)filters, o * g, g, t * t, words, wide, 2);
-        show("arrange_filters", filters, g * ((o + 31) / 32) * t * t * wide * 32);
-        I sizes[] = {n, h, w, p, q, i * g, o * g, t, t, s[7], s[7], s[8], s[8], s[8], s[8], d, d, g, s[10], per_group, 2};
+        show("arrange_filters", filters, wide ? g * ((o + 31) / 32) * t * t * wide * 32 : t * t * ((g + 63) / 64) * 8);
+        I sizes[] = {n, h, w, p, q, i * g, o * g, t, t, s[7], s[7], s[8], s[8], s[8], s[8], d, d, g, s[10], 2};
         for (I c = 0; c < outs; c++) y[c] = 0;
         et_binary_conv_f32((uint8_t *)bits, (uint8_t *)filters, NULL, NULL, NULL, NULL, NULL, y, NULL, scratch, sizes, 2);
         show("binary_conv", y, outs * sizeof *y);
@@ -202,7 +203,6 @@ static void check_binary(float *x, const uint8_t *bytes) {
         show("binary_conv_both y", y, outs * sizeof *y);
         show("binary_conv_both", out, out_words * 8);
         sizes[18] = 128;
-        sizes[19] = 2;
         et_bit_weight_conv_f32(bytes, (uint8_t *)filters, NULL, NULL, NULL, NULL, limits, scratch, sizes, 2);
         show("bit_weight_conv", limits, outs * sizeof *limits);
         et_bit_weight_conv_f32(bytes, (uint8_t *)filters, x, x + 5000, x + 9000, y, NULL, scratch, sizes, 2);
@@ -212,16 +212,16 @@ static void check_binary(float *x, const uint8_t *bytes) {
     free(y); free(scratch); free(flips); free(bits); free(plain); free(filters); free(out); free(limits);
 }
 
-/* pixels, channels, groups; with and without a norm and a residual. */
+/* pixels, channels; with and without a norm and a residual. */
 static void check_clip(float *x) {
-    static const I cases[][3] = {{50, 64, 1}, {7, 70, 1}, {9, 3, 1}, {20, 130, 2}, {5, 200, 8}};
+    static const I cases[][2] = {{50, 64}, {7, 70}, {9, 3}, {20, 130}, {5, 200}};
     float *y = room();
     uint64_t *bits = room();
     for (I i = 0; i < ROOM; i++) x[i] = value();
     for (int k = 0; k < 20; k++) {
-        I pixels = cases[k % 5][0], c = cases[k % 5][1], g = cases[k % 5][2], words = g * ((c / g + 63) / 64);
+        I pixels = cases[k % 5][0], c = cases[k % 5][1], words = (c + 63) / 64;
         et_affine_clip_f32(x, k & 1 ? x + 7000 : NULL, k & 1 ? x + 8000 : NULL, k & 2 ? x + 9000 : NULL, -1, 1, y, bits,
-                           pixels, c, g, 2);
+                           pixels, c, 2);
         plain_nans(y, pixels * c);
         show("affine_clip", y, pixels * c * sizeof *y);
         show("affine_clip bits", bits, pixels * words * 8);

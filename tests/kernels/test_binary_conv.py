@@ -39,7 +39,9 @@ def _drawn(layer: BinaryLayer, n: int, h: int, w: int) -> tuple[Tensor, Tensor]:
     (BinaryLayer(3, 64, 7, 7, 2, 2, 3, 3, 3, 3), (2, 30, 31)),
     (BinaryLayer(64, 64, 3, 3, 1, 1, 1, 1, 1, 1, groups=64), (2, 20, 21)),
     (BinaryLayer(130, 130, 5, 3, 2, 1, 2, 1, 2, 1, 1, 2, groups=130, pad_value=1), (1, 17, 16)),
-    (BinaryLayer(9, 9, 9, 9, 1, 1, 4, 4, 4, 4, groups=9), (1, 12, 12)),
+    (BinaryLayer(9, 9, 9, 9, 1, 1, 4, 4, 4, 4, groups=9), (1, 12, 12)),  # more taps than the depthwise kernel counts
+    (BinaryLayer(330, 330, 8, 8, 1, 1, 4, 4, 4, 4, groups=330), (1, 9, 9)),
+    (BinaryLayer(30, 18, 3, 3, 1, 1, 1, 1, 1, 1, groups=6), (1, 9, 9)),  # groups that begin anywhere in a word
     (BinaryLayer(96, 160, 5, 5, 1, 1, 2, 2, 2, 2, groups=2, pad_value=-1), (1, 9, 9)),
     (BinaryLayer(256, 65, 3, 3, 1, 1, 2, 2, 2, 2, 2, 2), (9, 24, 24)),  # more samples than are made ready at once
 ], ids=str)
@@ -47,7 +49,7 @@ def test_sums_are_those_of_float64(layer: BinaryLayer, size: tuple[int, int, int
     torch.manual_seed(0)
     x, weight = _drawn(layer, *size)
     wanted = _reference(_signs(x), weight, layer)
-    bits, filters = kernels.sign_pack(x, layer.groups), kernels.binary_filters(weight, layer.groups)
+    bits, filters = kernels.sign_pack(x), kernels.binary_filters(weight, layer.groups)
     threads = torch.get_num_threads()
     try:
         for torch_threads in (1, 3):
@@ -68,10 +70,10 @@ def test_a_residual_step_gives_floats_and_bits_at_once() -> None:
     x, weight = _drawn(layer, 2, 10, 11)
     scale, shift, residual = torch.randn(192), torch.randn(192), torch.randn(2, 192, 10, 11)
     given = kernels.sign_pack(x), kernels.binary_filters(weight), layer, scale, shift, residual
-    y, bits = kernels.binary_conv_both(*given, next_groups=3)
+    y, bits = kernels.binary_conv_both(*given)
     wanted = _reference(_signs(x), weight, layer) * scale[:, None, None] + shift[:, None, None] + residual
     torch.testing.assert_close(y.double(), wanted.double(), rtol=1e-6, atol=1e-5)
-    assert torch.equal(bits, kernels.sign_pack(y, 3)) and torch.equal(y, kernels.binary_conv(*given))
+    assert torch.equal(bits, kernels.sign_pack(y)) and torch.equal(y, kernels.binary_conv(*given))
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -88,6 +90,7 @@ def test_stored_filters_take_one_bit_a_weight(shape: tuple[int, int, int, int]) 
 
 def test_arranged_filters_take_one_bit_a_weight() -> None:
     assert kernels.binary_filters(torch.randn(64, 64, 3, 3)).numel() * 64 == 64 * 64 * 9
+    assert kernels.binary_filters(torch.randn(128, 1, 3, 3), 128).numel() * 64 == 128 * 9
 
 
 def test_zeros_are_positive_and_nan_is_not() -> None:
@@ -136,7 +139,6 @@ BYTES = torch.zeros((1, 8, 5, 5), dtype=torch.uint8)
 @pytest.mark.parametrize(("call", "name", "way_out"), [
     (lambda: kernels.sign_pack(torch.ones(1, 2, 3)), "(1, 2, 3)", "(n c h w)"),
     (lambda: kernels.sign_pack(torch.ones(1, 2, 3, 3, dtype=torch.int32)), "int32", "floats"),
-    (lambda: kernels.sign_pack(torch.ones(1, 8, 3, 3), 3), "3 groups", "own groups"),
     (lambda: kernels.sign_unpack(BITS, 65), "65 channels", "sign_pack"),
     (lambda: kernels.sign_unpack(BITS.int(), 8), "int32", "int64"),
     (lambda: kernels.binary_conv(BITS, FILTERS[..., :2], LAYER), "filters of shape", "binary_filters"),
@@ -150,7 +152,6 @@ BYTES = torch.zeros((1, 8, 5, 5), dtype=torch.uint8)
     (lambda: kernels.binary_conv(BITS, FILTERS, LAYER, torch.ones(3)), "scale", "(4,)"),
     (lambda: kernels.binary_conv(BITS, FILTERS, LAYER, None, torch.ones(4).double()), "float64", "float32"),
     (lambda: kernels.binary_conv(BITS, FILTERS, LAYER, None, None, torch.ones(1, 4, 3, 2)), "residual", "(1, 4, 3, 3)"),
-    (lambda: kernels.binary_conv_both(BITS, FILTERS, LAYER, next_groups=3), "3 groups", "own groups"),
     (lambda: kernels.binary_conv_sign(BITS, FILTERS, LAYER, torch.zeros(4)), "threshold", "int32"),
     (lambda: kernels.binary_conv_sign(BITS, FILTERS, LAYER, torch.zeros(4).int(), torch.zeros(4)), "flip", "bool"),
     (lambda: kernels.bit_weight_conv(BYTES.char(), FILTERS, LAYER), "int8", "uint8"),

@@ -125,8 +125,8 @@ def test_a_norm_a_residual_and_a_clip_are_one_step() -> None:
     build, layers = NETS["residual"]
     steps = pack(rewritten(scattered(build()), layers, XNOR(), SHAPE), SHAPE).graph.layers
     joined = [step for step in steps if isinstance(step, Pointwise) and len(step.sources) == 2]
-    assert [(step.norm, step.activation, step.map, step.groups) for step in joined] == [
-        (True, "hardtanh", True, 1), (True, "hardtanh", True, 1), (True, "relu", True, None)]
+    assert [(step.norm, step.activation, step.map, step.bits) for step in joined] == [
+        (True, "hardtanh", True, True), (True, "hardtanh", True, True), (True, "relu", True, False)]
 
 
 @pytest.mark.parametrize("gain", [1.5, -1.5, 0.0])

@@ -108,7 +108,7 @@ def test_refuses_other_headers(packed: Packed, tmp_path: Path, change: dict[str,
     (0, {"sources": ["later"]}, "reads 'later', which no layer before it makes"),
     (0, {"sources": []}, "reads 0 values"),
     (1, {"activation": "gelu"}, "'gelu' does not keep values between bounds"),
-    (1, {"channels": 9}, "cannot be run"), (1, {"groups": 3}, "cannot be run"),
+    (1, {"channels": 9}, "cannot be run"), (1, {"map": True, "bits": False}, "which no layer before it makes"),
     (2, {"sources": ["body_0_2_clip"]}, "cannot be run"), (-1, {"in_features": 15}, "cannot be run")])
 def test_refuses_layers_that_cannot_be(packed: Packed, tmp_path: Path, layer: int, change: dict[str, Any],
                                        told: str) -> None:

@@ -34,7 +34,7 @@ def candidates(drawn: Drawn) -> Sequence[Candidate]:
     geometry, x = drawn.shape.geometry, drawn.x.contiguous(memory_format=torch.channels_last)
     layer, groups, channels = layer_of(geometry, 1), geometry.groups, geometry.in_channels
     filters = kernels.arrange_filters(kernels.sign_pack(drawn.weight), channels, groups)
-    bits, o = kernels.sign_pack(x, groups), geometry.out_channels
+    bits, o = kernels.sign_pack(x), geometry.out_channels
     scale, shift = torch.rand(o) + 0.5, torch.randn(o)
     limits = torch.randint(-3, 4, (o,), dtype=torch.int32)
     bytes_, eight = (x.relu() * 40).clamp(max=255).to(torch.uint8), layer._replace(pad_value=0)
@@ -57,7 +57,7 @@ def candidates(drawn: Drawn) -> Sequence[Candidate]:
         return kernels.binary_conv_sign(bits, filters, layer, limits)
 
     def both() -> torch.Tensor:
-        return kernels.binary_conv(kernels.sign_pack(x, groups), filters, layer, scale, shift)
+        return kernels.binary_conv(kernels.sign_pack(x), filters, layer, scale, shift)
 
     def eights() -> torch.Tensor:
         return kernels.bit_weight_conv(bytes_, filters, eight, scale, shift)

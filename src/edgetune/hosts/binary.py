@@ -116,7 +116,7 @@ class BinaryMethod(ArithmeticMethod):
                  progress: torch.Tensor) -> torch.Tensor:
         made = self.weight_at(weight, progress)
         if self.activations and not torch.is_grad_enabled() and share(progress) >= self.weights_from:
-            return product(kernels.sign_pack(x, geometry.groups), made, geometry, self.pad_value)
+            return product(kernels.sign_pack(x), made, geometry, self.pad_value)
         read, unpadded = padded(self.quantize_activation(x, progress), geometry, self.pad_value * self.activations)
         return convolve(read, made, None, unpadded)
 
@@ -136,22 +136,15 @@ def product(bits: torch.Tensor, made: torch.Tensor, geometry: ConvGeometry, pad_
     return y.to(made.dtype)
 
 
-def trimmed(bits: torch.Tensor, channels: int, groups: int) -> torch.Tensor:
+def trimmed(bits: torch.Tensor, channels: int) -> torch.Tensor:
     """The bits of a map, int64 (n h w words), without the bytes of a word that have no channel: uint8 (n h w bytes)."""
-    each = bits.shape[-1] // groups
-    own = -(-channels // groups // 8)
-    if own == 8 * each:
-        return bits
-    return bits.view(torch.uint8).unflatten(-1, (groups, 8 * each))[..., :own].flatten(-2).contiguous()
+    own = -(-channels // 8)
+    return bits if own % 8 == 0 else bits.view(torch.uint8)[..., :own].contiguous()
 
 
-def filled(kept: torch.Tensor, channels: int, groups: int) -> torch.Tensor:
+def filled(kept: torch.Tensor) -> torch.Tensor:
     """The inverse of `trimmed`."""
-    if kept.dtype == torch.int64:
-        return kept
-    own = kept.shape[-1] // groups
-    whole = F.pad(kept.unflatten(-1, (groups, own)), (0, -own % 8))
-    return whole.flatten(-2).contiguous().view(torch.int64)
+    return kept if kept.dtype == torch.int64 else F.pad(kept, (0, -kept.shape[-1] % 8)).view(torch.int64)
 
 
 def layer_of(geometry: ConvGeometry, pad_value: int) -> BinaryLayer:
@@ -189,9 +182,8 @@ class BinaryRule:
     def forward(self, segment: Segment, xs: Sequence[torch.Tensor], params: Tensors, needs: Needs) -> Forward:
         conv, x = segment.calls[0], xs[0]
         progress = params[conv.state[PROGRESS]]
-        groups = _geometry(conv).groups
-        bits = kernels.sign_pack(x, groups)
-        kept = {"bits": trimmed(bits, x.shape[1], groups), "size": x.new_empty((*x.shape, 0))}
+        bits = kernels.sign_pack(x)
+        kept = {"bits": trimmed(bits, x.shape[1]), "size": x.new_empty((*x.shape, 0))}
         if needs.inputs[0] and not self.clipped:
             kept |= self.method.keep_slope(x, progress)
         made = self.method.weight_at(params[conv.params["weight"]].detach(), progress)
@@ -213,7 +205,7 @@ class BinaryRule:
         c, h, w = (int(size) for size in kept["size"].shape[1:4])
         geometry, name = _geometry(conv).at(h, w), conv.params["weight"]
         progress, grads = params[conv.state[PROGRESS]], dict[str, torch.Tensor]()
-        bits = filled(kept["bits"], c, geometry.groups)
+        bits = filled(kept["bits"])
         with torch.enable_grad():
             weight = params[name].detach().requires_grad_()
             made = self.method.weight_at(weight, progress)
@@ -221,7 +213,7 @@ class BinaryRule:
             y = self._answer(bits, geometry, made.detach(), progress)
             g, grads = _norm_backward(segment.calls[1], g, y, kept, params, needs)
         if name in needs.params:
-            signs = kernels.sign_unpack(bits, c, geometry.groups)
+            signs = kernels.sign_unpack(bits, c)
             read, unpadded = padded(signs, geometry, self.method.pad_value)
             (grads[name],) = torch.autograd.grad(made, weight, weight_gradient(read, g, unpadded))
         if not needs.inputs[0]:
@@ -234,7 +226,7 @@ class BinaryRule:
         """The layer's answer from the bits of its input and what it multiplies by."""
         if share(progress) >= self.method.weights_from:
             return product(bits, made, geometry, self.method.pad_value)
-        signs = kernels.sign_unpack(bits, geometry.in_channels, geometry.groups)
+        signs = kernels.sign_unpack(bits, geometry.in_channels)
         read, unpadded = padded(signs, geometry, self.method.pad_value)
         return convolve(read, made, None, unpadded)
 

@@ -1,10 +1,10 @@
 """What the versions of the convolutions with one bit a weight share: geometry, formats, checks.
 
 Bits of a map (n c h w) are int64 words (n h w words): 1 is +1 and 0 is -1, the lowest bit is the lowest channel, and
-each group of channels is filled up to whole words with 0 bits. Plain bits of filters (o i u v) are the same,
-(o u v words). Arranged filters, (groups blocks u v bytes 4), are what the convolutions read: blocks of 32 filters of
-one group, of which each byte has 8 input channels of one filter (native/binary.h); still one bit a weight, where a
-group has whole blocks of filters and whole bytes of channels.
+the last word is filled up with 0 bits. Plain bits of filters (o i u v) are the same, (o u v words). Arranged filters,
+(groups blocks u v bytes 4), are what the convolutions read: blocks of 32 filters of one group, of which each byte has 8
+input channels of one filter (native/binary.h); still one bit a weight, where a group has whole blocks of filters and
+whole bytes of channels. Those of a depthwise layer, (u v words), have a bit a channel (native/depthwise.h).
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ class BinaryLayer(NamedTuple):
 
     def filter_shape(self) -> tuple[int, ...]:
         """Of the arranged filters."""
+        if self.is_depthwise:
+            return self.kernel_h, self.kernel_w, words_of(self.channels)
         blocks = ceil_div(self.out_channels // self.groups, LANES)
         return self.groups, blocks, self.kernel_h, self.kernel_w, self.bytes_of_tap, LANES // 8
 
@@ -112,8 +114,8 @@ _filter_shape = cache(BinaryLayer.filter_shape)
 @lru_cache(1024)
 def _out_shape(layer: BinaryLayer, bits: tuple[int, ...], filters: tuple[int, ...]) -> tuple[int, int, int, int] | None:
     """What comes out where these are the shapes of the layer's bits and filters, else None."""
-    words = words_of(layer.channels, layer.groups)
-    if len(bits) != 4 or bits[3] != words or filters != _filter_shape(layer) or layer.pad_value not in (-1, 0, 1):
+    fits = len(bits) == 4 and bits[3] == words_of(layer.channels) and filters == _filter_shape(layer)
+    if not fits or layer.pad_value not in (-1, 0, 1):
         return None
     return bits[0], layer.out_channels, *layer.out_size(bits[1], bits[2])
 
@@ -127,7 +129,7 @@ def out_shape(layer: BinaryLayer, bits: Tensor, filters: Tensor) -> tuple[int, i
             return known
     if layer.pad_value not in (-1, 0, 1):
         raise EdgetuneError(f"a border of {layer.pad_value} isn't made of bits: give pad_value -1, 0 or 1")
-    n, h, w = check_signs(bits, layer.channels, layer.groups)
+    n, h, w = check_signs(bits, layer.channels)
     layer.check_filters(filters)
     return n, layer.out_channels, *layer.out_size(h, w)
 
@@ -148,18 +150,17 @@ def check_groups(channels: int, groups: int) -> None:
         raise EdgetuneError(f"{channels} channels don't divide into {groups} groups: give the layer's own groups")
 
 
-def words_of(channels: int, groups: int) -> int:
+def words_of(channels: int) -> int:
     """Words of the bits of one pixel."""
-    return groups * ceil_div(channels // groups, WORD)
+    return ceil_div(channels, WORD)
 
 
-def check_signs(bits: Tensor, channels: int, groups: int) -> tuple[int, int, int]:
+def check_signs(bits: Tensor, channels: int) -> tuple[int, int, int]:
     """Samples, rows and columns of these bits. Raises EdgetuneError unless they are those of so many channels."""
-    check_groups(channels, groups)
-    words = words_of(channels, groups)
+    words = words_of(channels)
     if bits.dtype != torch.int64 or bits.dim() != 4 or bits.shape[3] != words:
         raise EdgetuneError(f"bits of shape {tuple(bits.shape)} and type {bits.dtype} aren't those of {channels} "
-                            f"channels in {groups} groups: give the int64 (n h w {words}) that sign_pack made")
+                            f"channels: give the int64 (n h w {words}) that sign_pack made")
     n, h, w, _ = bits.shape
     return n, h, w
 

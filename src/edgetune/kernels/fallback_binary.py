@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgetune.kernels.binary_format import LANES, WORD, BinaryLayer, order_of_lanes, words_of
+from edgetune.kernels.binary_format import LANES, WORD, BinaryLayer, order_of_lanes
 from edgetune.kernels.geometry import ceil_div
 
 _SHIFTS = torch.arange(WORD)
@@ -25,11 +25,9 @@ def _flags(words: Tensor, count: int) -> Tensor:
     return (words[..., None] >> _SHIFTS.to(words.device) & 1).flatten(-2)[..., :count]
 
 
-def _packed(positive: Tensor, groups: int) -> Tensor:
+def _packed(positive: Tensor) -> Tensor:
     """bool (n c h w) -> int64 (n h w words)."""
-    n, c, h, w = positive.shape
-    rows = positive.permute(0, 2, 3, 1).reshape(n, h, w, groups, c // groups)
-    return _words(rows).reshape(n, h, w, words_of(c, groups))
+    return _words(positive.permute(0, 2, 3, 1))
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -37,23 +35,22 @@ def _dense(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format).view(-1)
 
 
-def sign_pack(x: Tensor, groups: int = 1) -> Tensor:
-    return _packed(x >= 0, groups)
+def sign_pack(x: Tensor) -> Tensor:
+    return _packed(x >= 0)
 
 
-def _signs(bits: Tensor, channels: int, groups: int, dtype: torch.dtype) -> Tensor:
-    n, h, w, _ = bits.shape
-    rows = bits.reshape(n, h, w, groups, words_of(channels, groups) // groups)
-    flags = _flags(rows, channels // groups).reshape(n, h, w, channels)
-    return (2 * flags - 1).to(dtype).permute(0, 3, 1, 2)
+def _signs(bits: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    return (2 * _flags(bits, channels) - 1).to(dtype).permute(0, 3, 1, 2)
 
 
-def sign_unpack(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
-    return _signs(bits, channels, groups, torch.float32).contiguous(memory_format=torch.channels_last)
+def sign_unpack(bits: Tensor, channels: int) -> Tensor:
+    return _signs(bits, channels, torch.float32).contiguous(memory_format=torch.channels_last)
 
 
 def arrange_filters(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
     o, u, v, words = bits.shape
+    if BinaryLayer(channels, o, u, v, groups=groups).is_depthwise:
+        return _words((bits[..., 0] & 1).permute(1, 2, 0))
     used, blocks = ceil_div(channels // groups, 8), ceil_div(o // groups, LANES)
     octets = _dense(bits).view(torch.uint8).view(o, u, v, 8 * words)[..., :used]
     octets = octets.reshape(groups, o // groups, u, v, used)
@@ -64,6 +61,8 @@ def arrange_filters(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
 
 def _weights(filters: Tensor, layer: BinaryLayer) -> Tensor:
     """Arranged filters -> +-1 float64 (o i u v)."""
+    if layer.is_depthwise:
+        return (2.0 * _flags(filters, layer.channels).double() - 1).permute(2, 0, 1)[:, None]
     groups, blocks, u, v, used, _ = filters.shape
     octets = _dense(filters).view(torch.uint8).view(groups, blocks, u, v, used, LANES)
     lanes = octets.permute(0, 1, 5, 2, 3, 4)
@@ -96,7 +95,7 @@ def _affine(sums: Tensor, scale: Tensor | None, shift: Tensor | None, residual: 
 
 
 def _binary_sums(bits: Tensor, filters: Tensor, layer: BinaryLayer) -> Tensor:
-    return _sums(_signs(bits, layer.channels, layer.groups, torch.float64), filters, layer)
+    return _sums(_signs(bits, layer.channels, torch.float64), filters, layer)
 
 
 def binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
@@ -105,25 +104,25 @@ def binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tens
 
 
 def binary_conv_both(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
-                     residual: Tensor | None, next_groups: int, layer: Sequence[int]) -> tuple[Tensor, Tensor]:
+                     residual: Tensor | None, layer: Sequence[int]) -> tuple[Tensor, Tensor]:
     y = binary_conv(bits, filters, scale, shift, residual, layer)
-    return y, _packed(y >= 0, next_groups)
+    return y, _packed(y >= 0)
 
 
-def binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None, next_groups: int,
+def binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None,
                      layer: Sequence[int]) -> Tensor:
     reached = _binary_sums(bits, filters, BinaryLayer(*layer)) >= threshold[:, None, None]
-    return _packed(reached if flip is None else reached ^ flip[:, None, None], next_groups)
+    return _packed(reached if flip is None else reached ^ flip[:, None, None])
 
 
 def affine_clip(x: Tensor, gain: Tensor | None, shift: Tensor | None, residual: Tensor | None, low: float, high: float,
-                whole: bool, groups: int) -> tuple[Tensor, Tensor]:
+                whole: bool, signs: bool) -> tuple[Tensor, Tensor]:
     if gain is not None:
         nought = torch.zeros_like(gain)
         x = F.batch_norm(x, nought, nought + 1, gain, shift, False, 0.0, 0.0)  # fused or not as torch's norms are here
     x = (x if residual is None else x + residual).clamp(low, high)
     return (x.contiguous(memory_format=torch.channels_last) if whole else x.new_empty((0, 0, 0, 0)),
-            sign_pack(x, groups) if groups else x.new_empty((0, 0, 0, 0), dtype=torch.int64))
+            sign_pack(x) if signs else x.new_empty((0, 0, 0, 0), dtype=torch.int64))
 
 
 def bit_weight_conv(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,

@@ -20,23 +20,22 @@ from edgetune.kernels.binary_format import (
 )
 
 
-def sign_pack(x: Tensor, groups: int = 1) -> Tensor:
+def sign_pack(x: Tensor) -> Tensor:
     if x.dim() != 4 or not x.is_floating_point():
         raise EdgetuneError(f"a tensor of shape {tuple(x.shape)} and type {x.dtype} has no signs by pixel: give floats "
                             "with axes (n c h w)")
     n, c, h, w = x.shape
-    check_groups(c, groups)
-    return torch.empty((n, h, w, words_of(c, groups)), dtype=torch.int64, device=x.device)
+    return _signs(x, (n, c, h, w))
 
 
-def sign_unpack(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
-    n, h, w = check_signs(bits, channels, groups)
+def sign_unpack(bits: Tensor, channels: int) -> Tensor:
+    n, h, w = check_signs(bits, channels)
     return _map(bits, n, channels, h, w)
 
 
 def arrange_filters(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
     check_groups(channels, groups)
-    check_signs(bits, channels // groups, 1)
+    check_signs(bits, channels // groups)
     o, u, v, _ = bits.shape
     layer = BinaryLayer(channels, o, u, v, groups=groups)
     layer.check()
@@ -51,28 +50,28 @@ def binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tens
 
 
 def binary_conv_both(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
-                     residual: Tensor | None, next_groups: int, layer: Sequence[int]) -> tuple[Tensor, Tensor]:
+                     residual: Tensor | None, layer: Sequence[int]) -> tuple[Tensor, Tensor]:
     y = binary_conv(bits, filters, scale, shift, residual, layer)
-    return y, _signs(bits, tuple(y.shape), next_groups)
+    return y, _signs(bits, tuple(y.shape))
 
 
-def binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None, next_groups: int,
+def binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None,
                      layer: Sequence[int]) -> Tensor:
     shape = out_shape(checked_layer(tuple(layer)), bits, filters)
     check_per_channel("threshold", threshold, torch.int32, shape[1])
     if flip is not None:
         check_per_channel("flip", flip, torch.bool, shape[1])
-    return _signs(bits, shape, next_groups)
+    return _signs(bits, shape)
 
 
 def affine_clip(x: Tensor, gain: Tensor | None, shift: Tensor | None, residual: Tensor | None, low: float, high: float,
-                whole: bool, groups: int) -> tuple[Tensor, Tensor]:
+                whole: bool, signs: bool) -> tuple[Tensor, Tensor]:
     if x.dtype != torch.float32 or x.dim() != 4:
         raise EdgetuneError(f"a tensor of shape {tuple(x.shape)} and type {x.dtype} isn't a map: give "
                             "float32 (n c h w)")
     if (gain is None) != (shift is None):
         raise EdgetuneError("a gain without a shift, or the other way round: give both or neither")
-    if not whole and groups == 0:
+    if not whole and not signs:
         raise EdgetuneError("neither values nor bits are wanted: ask for one of them")
     n, c, h, w = x.shape
     for name, factor in (("gain", gain), ("shift", shift)):
@@ -80,8 +79,8 @@ def affine_clip(x: Tensor, gain: Tensor | None, shift: Tensor | None, residual: 
             check_per_channel(name, factor, torch.float32, c)
     if residual is not None:
         check_residual(residual, (n, c, h, w))
-    bits = _signs(x, (n, c, h, w), groups) if groups else x.new_empty((0, 0, 0, 0), dtype=torch.int64)
-    return _map(x, *((n, c, h, w) if whole else (0, 0, 0, 0))), bits
+    none = 0, 0, 0, 0
+    return _map(x, *((n, c, h, w) if whole else none)), _signs(x, (n, c, h, w) if signs else none)
 
 
 def bit_weight_conv(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
@@ -114,7 +113,6 @@ def _map(like: Tensor, n: int, c: int, h: int, w: int, dtype: torch.dtype = torc
     return torch.empty((n, c, h, w), dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _signs(like: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
+def _signs(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     n, c, h, w = shape
-    check_groups(c, groups)
-    return torch.empty((n, h, w, words_of(c, groups)), dtype=torch.int64, device=like.device)
+    return torch.empty((n, h, w, words_of(c)), dtype=torch.int64, device=like.device)

@@ -16,24 +16,24 @@ _LAST = torch.channels_last
 PLANS = 1024  # remembered shapes
 
 
-def sign_pack(out: Tensor, x: Tensor, groups: int = 1) -> bool:
+def sign_pack(out: Tensor, x: Tensor) -> bool:
     run = function("sign_pack", x.dtype)
     if run is None:
         return False
     last = x.is_contiguous(memory_format=_LAST)
     x = x if last else x.contiguous()
     n, c, h, w = x.shape
-    run(x.data_ptr(), out.data_ptr(), n, c, h * w, groups, last, get_num_threads())
+    run(x.data_ptr(), out.data_ptr(), n, c, h * w, last, get_num_threads())
     return True
 
 
-def sign_unpack(out: Tensor, bits: Tensor, channels: int, groups: int = 1) -> bool:
+def sign_unpack(out: Tensor, bits: Tensor, channels: int) -> bool:
     run = function("sign_unpack", torch.float32)
     if run is None:
         return False
     bits = bits.contiguous()
     n, h, w, _ = bits.shape
-    run(bits.data_ptr(), out.data_ptr(), n * h * w, channels, groups, get_num_threads())
+    run(bits.data_ptr(), out.data_ptr(), n * h * w, channels, get_num_threads())
     return True
 
 
@@ -43,27 +43,28 @@ def arrange_filters(out: Tensor, bits: Tensor, channels: int, groups: int = 1) -
         return False
     bits = bits.contiguous()
     o, u, v, words = bits.shape
-    run(bits.data_ptr(), out.data_ptr(), o, groups, u * v, words, out.shape[4], get_num_threads())
+    run(bits.data_ptr(), out.data_ptr(), o, groups, u * v, words, out.shape[4] if out.dim() == 6 else 0,
+        get_num_threads())
     return True
 
 
 def binary_conv(out: Tensor, bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
                 residual: Tensor | None, layer: Sequence[int]) -> bool:
-    return _binary((out, None), (scale, shift, residual, None, None), bits, filters, 1, layer)
+    return _binary((out, None), (scale, shift, residual, None, None), bits, filters, layer)
 
 
 def binary_conv_both(out: tuple[Tensor, Tensor], bits: Tensor, filters: Tensor, scale: Tensor | None,
-                     shift: Tensor | None, residual: Tensor | None, next_groups: int, layer: Sequence[int]) -> bool:
-    return _binary(out, (scale, shift, residual, None, None), bits, filters, next_groups, layer)
+                     shift: Tensor | None, residual: Tensor | None, layer: Sequence[int]) -> bool:
+    return _binary(out, (scale, shift, residual, None, None), bits, filters, layer)
 
 
 def binary_conv_sign(out: Tensor, bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None,
-                     next_groups: int, layer: Sequence[int]) -> bool:
-    return _binary((None, out), (None, None, None, threshold, flip), bits, filters, next_groups, layer)
+                     layer: Sequence[int]) -> bool:
+    return _binary((None, out), (None, None, None, threshold, flip), bits, filters, layer)
 
 
 def _binary(out: tuple[Tensor | None, Tensor | None], factors: tuple[Tensor | None, ...], bits: Tensor,
-            filters: Tensor, next_groups: int, layer: Sequence[int]) -> bool:
+            filters: Tensor, layer: Sequence[int]) -> bool:
     """`factors`: scale, shift, residual, threshold, flip."""
     run = function("binary_conv", torch.float32)
     if run is None:
@@ -71,7 +72,7 @@ def _binary(out: tuple[Tensor | None, Tensor | None], factors: tuple[Tensor | No
     n, h, w, _ = bits.shape
     if n == 0 or filters.numel() == 0:
         return True
-    sizes, room = _bits_plan(n, h, w, tuple(layer), next_groups)
+    sizes, room = _bits_plan(n, h, w, tuple(layer))
     # held until the call is over: the pointers are all that it gets
     dense = [bits.contiguous(), filters.contiguous(), *[None if t is None else _dense(t) for t in factors], *out,
              torch.empty(room, dtype=torch.uint8)]
@@ -80,7 +81,7 @@ def _binary(out: tuple[Tensor | None, Tensor | None], factors: tuple[Tensor | No
 
 
 def affine_clip(out: tuple[Tensor, Tensor], x: Tensor, gain: Tensor | None, shift: Tensor | None,
-                residual: Tensor | None, low: float, high: float, whole: bool, groups: int) -> bool:
+                residual: Tensor | None, low: float, high: float, whole: bool, signs: bool) -> bool:
     run = function("affine_clip", x.dtype)
     if run is None:
         return False
@@ -89,7 +90,7 @@ def affine_clip(out: tuple[Tensor, Tensor], x: Tensor, gain: Tensor | None, shif
     n, c, h, w = x.shape
     dense, (y, bits) = [None if t is None else _dense(t) for t in (x, gain, shift, residual)], out
     run(*[None if t is None else t.data_ptr() for t in dense], low, high, y.data_ptr() if whole else None,
-        bits.data_ptr() if groups else None, n * h * w, c, groups or 1, get_num_threads())
+        bits.data_ptr() if signs else None, n * h * w, c, get_num_threads())
     return True
 
 
@@ -115,11 +116,11 @@ Plan = tuple["ctypes.Array[ctypes.c_int64]", int]
 
 
 @lru_cache(PLANS)
-def _bits_plan(n: int, h: int, w: int, numbers: tuple[int, ...], next_groups: int) -> Plan:
+def _bits_plan(n: int, h: int, w: int, numbers: tuple[int, ...]) -> Plan:
     layer = BinaryLayer(*numbers)
     rows, columns = layer.padded(h, w, 2)
     nibbles = 2 * layer.bytes_of_tap * layer.groups
-    return _plan(n, h, w, layer, rows * nibbles * (3 * columns + layer.stride_w), layer.out_channels // next_groups)
+    return _plan(n, h, w, layer, rows * nibbles * (3 * columns + layer.stride_w))
 
 
 @lru_cache(PLANS)
@@ -129,11 +130,11 @@ def _bytes_plan(n: int, h: int, w: int, numbers: tuple[int, ...]) -> Plan:
     return _plan(n, h, w, layer, rows * columns * layer.groups * layer.bytes_of_tap * 8)
 
 
-def _plan(n: int, h: int, w: int, layer: BinaryLayer, each: int, *more: int) -> Plan:
+def _plan(n: int, h: int, w: int, layer: BinaryLayer, each: int) -> Plan:
     """`each`: bytes of scratch of a sample; as many of them are made ready at once as fit AT_ONCE."""
     each = 0 if layer.is_depthwise else each
     at_once = min(n, max(1, AT_ONCE // max(1, each)))
-    numbers = (n, h, w, *layer.out_size(h, w), *layer, *more, at_once)
+    numbers = (n, h, w, *layer.out_size(h, w), *layer, at_once)
     return (N * len(numbers))(*numbers), at_once * each
 
 

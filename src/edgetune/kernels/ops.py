@@ -175,23 +175,24 @@ def bounded_decode(packed: Tensor, count: int) -> Tensor:
     return _bounded_decode(packed, count)
 
 
-def sign_pack(x: Tensor, groups: int = 1) -> Tensor:
-    """Where x (n c h w) is at least 0, so at 0 and -0 too, and not at a NaN: int64 (n h w groups*ceil(c/groups/64)).
+def sign_pack(x: Tensor) -> Tensor:
+    """Where x (n c h w) is at least 0, so at 0 and -0 too, and not at a NaN: int64 (n h w ceil(c/64)).
 
-    The lowest bit is the lowest channel, and each group is filled up to whole words with 0 bits.
+    The lowest bit is the lowest channel, and the last word is filled up with 0 bits.
     """
-    return _sign_pack(x, groups)
+    return _sign_pack(x)
 
 
-def sign_unpack(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
+def sign_unpack(bits: Tensor, channels: int) -> Tensor:
     """+1 where a bit is set, else -1: what sign_pack wrote -> float32 (n c h w), channels last."""
-    return _sign_unpack(bits, channels, groups)
+    return _sign_unpack(bits, channels)
 
 
 def arrange_filters(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
     """Plain bits of filters, int64 (o u v words), as the convolutions read them: int64 (groups blocks u v bytes 4).
 
-    Plain bits are sign_pack(weight (o i u v)), and i * groups is `channels`. binary_format.py has both formats.
+    Of a depthwise layer: int64 (u v words). Plain bits are sign_pack(weight (o i u v)), and i * groups is `channels`.
+    binary_format.py has both formats.
     """
     return _arrange_filters(bits, channels, groups)
 
@@ -207,20 +208,19 @@ def binary_conv(bits: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tensor
 
 
 def binary_conv_both(bits: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tensor | None = None,
-                     shift: Tensor | None = None, residual: Tensor | None = None,
-                     next_groups: int = 1) -> tuple[Tensor, Tensor]:
-    """What binary_conv gives, and sign_pack of that with `next_groups`, in one pass."""
-    return _binary_conv_both(bits, filters, scale, shift, residual, next_groups, layer)
+                     shift: Tensor | None = None, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What binary_conv gives, and sign_pack of that, in one pass."""
+    return _binary_conv_both(bits, filters, scale, shift, residual, layer)
 
 
-def binary_conv_sign(bits: Tensor, filters: Tensor, layer: BinaryLayer, threshold: Tensor, flip: Tensor | None = None,
-                     next_groups: int = 1) -> Tensor:
-    """Where the sums of binary_conv are at least the threshold int32 (o): bits as sign_pack(y, next_groups) has them.
+def binary_conv_sign(bits: Tensor, filters: Tensor, layer: BinaryLayer, threshold: Tensor,
+                     flip: Tensor | None = None) -> Tensor:
+    """Where the sums of binary_conv are at least the threshold int32 (o): bits as sign_pack(y) has them.
 
     Where flip, bool (o), is True: where they are not. So all steps are expressible: filters.sign_thresholds gives the
     two for the sign of scale*sum + shift; a threshold of -2^31 is always reached, 2^31-1 never.
     """
-    return _binary_conv_sign(bits, filters, threshold, flip, next_groups, layer)
+    return _binary_conv_sign(bits, filters, threshold, flip, layer)
 
 
 def bit_weight_conv(x: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tensor | None = None,
@@ -235,11 +235,11 @@ def bit_weight_conv(x: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tenso
 
 def affine_clip(x: Tensor, gain: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
                 low: float = -math.inf, high: float = math.inf, whole: bool = True,
-                groups: int = 0) -> tuple[Tensor | None, Tensor | None]:
+                signs: bool = False) -> tuple[Tensor | None, Tensor | None]:
     """gain*x + shift, rounded once where the CPU fuses it, + residual, kept in [low, high]; and sign_pack of that.
 
     x and residual float32 (n c h w), gain and shift (c), both or neither -> a map, channels last, with `whole`, and
-    bits in that many `groups` unless 0; what is not wanted is None. A NaN goes through.
+    bits with `signs`; what is not wanted is None. A NaN goes through.
     """
-    y, bits = _affine_clip(x, gain, shift, residual, low, high, whole, groups)
-    return y if whole else None, bits if groups else None
+    y, bits = _affine_clip(x, gain, shift, residual, low, high, whole, signs)
+    return y if whole else None, bits if signs else None

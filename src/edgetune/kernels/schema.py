@@ -75,15 +75,14 @@ OPS = _ops(meta, fallback, native, {
     "bounded_decode": "(Tensor packed, SymInt count) -> Tensor",
 })
 OPS |= _ops(meta_binary, fallback_binary, native_binary, {
-    "sign_pack": "(Tensor x, int groups=1) -> Tensor",
-    "sign_unpack": "(Tensor bits, int channels, int groups=1) -> Tensor",
+    "sign_pack": "(Tensor x) -> Tensor",
+    "sign_unpack": "(Tensor bits, int channels) -> Tensor",
     "arrange_filters": "(Tensor bits, int channels, int groups=1) -> Tensor",
     "binary_conv": f"(Tensor bits, Tensor filters, {_AFFINE}, int[] layer) -> Tensor",
-    "binary_conv_both": f"(Tensor bits, Tensor filters, {_AFFINE}, int next_groups, int[] layer) -> (Tensor, Tensor)",
-    "binary_conv_sign": "(Tensor bits, Tensor filters, Tensor threshold, Tensor? flip, int next_groups, int[] layer) "
-                        "-> Tensor",
+    "binary_conv_both": f"(Tensor bits, Tensor filters, {_AFFINE}, int[] layer) -> (Tensor, Tensor)",
+    "binary_conv_sign": "(Tensor bits, Tensor filters, Tensor threshold, Tensor? flip, int[] layer) -> Tensor",
     "affine_clip": "(Tensor x, Tensor? gain, Tensor? shift, Tensor? residual, float low, float high, bool whole, "
-                   "int groups) -> (Tensor, Tensor)",
+                   "bool signs) -> (Tensor, Tensor)",
     "bit_weight_conv": f"(Tensor x, Tensor filters, {_AFFINE}, int[] layer) -> Tensor",
 })
 OPS |= _ops(meta_adder, fallback_adder, native_adder, {

@@ -27,15 +27,15 @@ _VANISHES = ("dropout", "identity")
 
 @dataclass(frozen=True)
 class Step:
-    """One step: `calls` in order, the values it reads, and whether its answer is a map, bits in so many groups, or
-    both. Without calls it takes the signs of what it reads, a map of so many `channels`."""
+    """One step: `calls` in order, the values it reads, and whether its answer is a map, bits, or both. Without calls it
+    takes the signs of what it reads, a map of so many `channels`."""
 
     name: str
     calls: tuple[Call, ...]
     sources: tuple[str, ...]
     channels: int
     map: bool = True
-    groups: int | None = None
+    bits: bool = False
 
 
 def fuse(graph: Graph, methods: Mapping[str, ArithmeticMethod]) -> tuple[Step, ...]:
@@ -86,17 +86,16 @@ class Readings:
         """Whether anyone reads more of a value than its signs."""
         return any(self.reads_map(self.graph[node]) for node in call.consumers)
 
-    def signs_of(self, call: Call) -> list[int]:
-        """In how many groups the signs of a value are read, each number once."""
-        readers = (self.graph[node] for node in call.consumers)
-        return sorted({groups_of(reader) for reader in readers if self.reads_bits(reader)})
+    def needs_signs(self, call: Call) -> bool:
+        """Whether anyone reads the signs of a value."""
+        return any(self.reads_bits(self.graph[node]) for node in call.consumers)
 
     def run_of(self, call: Call) -> tuple[Call, ...] | None:
         """From a layer of bits to the value whose signs alone are read, or None where that cannot be thresholds."""
         if self.reads_map(call):
             return None
         run = [call]
-        while self.needs_map(run[-1]) or len(self.signs_of(run[-1])) != 1:
+        while self.needs_map(run[-1]) or not self.needs_signs(run[-1]):
             reader = self.graph[run[-1].consumers[0]] if len(run[-1].consumers) == 1 else None
             if reader is None or not (reader.kind in ("norm", "max_pool") or reader.function in MASKS):
                 return None
@@ -124,58 +123,50 @@ class _Line:
     readings: Readings
     steps: list[Step] = field(default_factory=list)
     maps: dict[str, str] = field(default_factory=dict)
-    bits: dict[tuple[str, int], str] = field(default_factory=dict)
+    bits: dict[str, str] = field(default_factory=dict)
 
     def value(self, call: Call) -> None:
         """The picture."""
         self.maps[call.node] = INPUT
-        self._signs(call, self.readings.signs_of(call))
+        self._signs(call)
 
     def run(self, run: tuple[Call, ...]) -> None:
         """From bits to bits, called like the convolution or, where there is one, the pool behind it."""
         first, last = run[0], run[-1]
-        (groups,) = self.readings.signs_of(last)
         name = next((call.node for call in run if call.kind == "max_pool"), first.node)
-        self._put(Step(name, run, self._sources(first), _channels(last), False, groups), last.node)
+        self._put(Step(name, run, self._sources(first), _channels(last), map=False, bits=True), last.node)
 
     def pointwise(self, calls: tuple[Call, ...]) -> None:
         """What is computed value by value, called like its last call."""
         inside, last = {call.node for call in calls}, calls[-1]
         sources = tuple(self.maps[node] for call in calls for node in call.inputs if node not in inside)
-        signs: list[int] = self.readings.signs_of(last)
-        whole = self.readings.needs_map(last) or len(signs) != 1
-        self._put(Step(last.node, calls, sources, _channels(last), whole, signs[0] if signs else None))
-        self._signs(last, signs[1:])
+        signs = self.readings.needs_signs(last)
+        whole = self.readings.needs_map(last) or not signs
+        self._put(Step(last.node, calls, sources, _channels(last), whole, signs))
 
     def alone(self, call: Call) -> None:
         """A call by itself."""
         self._put(Step(call.node, (call,), self._sources(call), _channels(call)))
-        self._signs(call, self.readings.signs_of(call))
+        self._signs(call)
 
-    def _signs(self, call: Call, signs: list[int]) -> None:
-        for groups in signs:
-            name = f"{call.node}.signs{groups}"
-            self._put(Step(name, (), (self.maps[call.node],), _channels(call), False, groups), call.node)
+    def _signs(self, call: Call) -> None:
+        if self.readings.needs_signs(call):
+            sources = (self.maps[call.node],)
+            self._put(Step(f"{call.node}.signs", (), sources, _channels(call), map=False, bits=True), call.node)
 
     def _put(self, step: Step, node: str | None = None) -> None:
         self.steps.append(step)
         if step.map:
             self.maps[step.name] = step.name
-        if step.groups is not None:
-            self.bits[node or step.name, step.groups] = step.name + BITS
+        if step.bits:
+            self.bits[node or step.name] = step.name + BITS
 
     def _sources(self, call: Call) -> tuple[str, ...]:
         """The values that a call reads, bits first."""
         if not self.readings.reads_bits(call):
             return tuple(self.maps[node] for node in call.inputs)
         (node,) = call.inputs
-        return (self.bits[node, groups_of(call)], *([self.maps[node]] if self.readings.reads_map(call) else []))
-
-
-def groups_of(call: Call) -> int:
-    """Of a convolution."""
-    assert call.geometry is not None
-    return call.geometry.groups
+        return (self.bits[node], *([self.maps[node]] if self.readings.reads_map(call) else []))
 
 
 def _channels(call: Call) -> int:

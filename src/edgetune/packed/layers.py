@@ -19,8 +19,8 @@ Coding = Literal["float", "int8", "bits"]
 """How weights lie in the file."""
 Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Role -> type and shape of a tensor."""
-Channels = tuple[int, int | None]
-"""How many a value has and, of bits, in how many groups they lie."""
+Channels = tuple[int, bool]
+"""How many a value has, and whether it is bits."""
 
 
 def _checked(geometry: ConvGeometry) -> ConvGeometry:
@@ -66,7 +66,7 @@ class Conv(Layer):
 
     def makes(self, given: tuple[Channels, ...]) -> dict[str, Channels]:
         _agree(_map(given[0])[0], self.geometry.in_channels)
-        return {self.name: (self.geometry.out_channels, None)}
+        return {self.name: (self.geometry.out_channels, False)}
 
 
 class Linear(Layer):
@@ -82,8 +82,8 @@ class Linear(Layer):
         return _weights((self.out_features, self.in_features), self.coding, self.bias)
 
     def makes(self, given: tuple[Channels, ...]) -> dict[str, Channels]:
-        _agree(given[0], (self.in_features, None))
-        return {self.name: (self.out_features, None)}
+        _agree(given[0], (self.in_features, False))
+        return {self.name: (self.out_features, False)}
 
 
 class Binary(Layer):
@@ -93,8 +93,8 @@ class Binary(Layer):
     pad_value: Literal[-1, 0, 1]
 
     def makes(self, given: tuple[Channels, ...]) -> dict[str, Channels]:
-        _agree(given[0], (self.geometry.in_channels, self.geometry.groups))
-        return {self.name: (self.geometry.out_channels, None)}
+        _agree(given[0], (self.geometry.in_channels, True))
+        return {self.name: (self.geometry.out_channels, False)}
 
 
 class BinaryMap(Binary):
@@ -113,15 +113,14 @@ class BinaryMap(Binary):
     def makes(self, given: tuple[Channels, ...]) -> dict[str, Channels]:
         _agree(len(given), 1 + self.input_scale)
         for other in given[1:]:
-            _agree(other, (self.geometry.in_channels, None))
+            _agree(other, (self.geometry.in_channels, False))
         return super().makes(given)
 
 
 class BinarySign(Binary):
-    """A convolution of bits whose answer is bits in `groups` groups: where the sums reach their thresholds."""
+    """A convolution of bits whose answer is bits: where the sums reach their thresholds."""
 
     op: Literal["binary_sign"] = "binary_sign"
-    groups: PositiveInt = 1
 
     def tensors(self) -> Expected:
         shape = filter_shape(self.geometry)
@@ -129,9 +128,8 @@ class BinarySign(Binary):
                 "flip": (torch.bool, shape[:1])}
 
     def makes(self, given: tuple[Channels, ...]) -> dict[str, Channels]:
-        ((channels, _),) = super().makes(given).values()
-        _agree(channels % self.groups, 0)
-        return {self.name + BITS: (channels, self.groups)}
+        super().makes(given)
+        return {self.name + BITS: (self.geometry.out_channels, True)}
 
 
 class Adder(Layer):
@@ -157,14 +155,14 @@ class Adder(Layer):
             raise ValueError(f"filters are in groups {found}, and there are {self.groups}, from 0 on")
 
     def makes(self, given: tuple[Channels, ...]) -> dict[str, Channels]:
-        _agree(given[0], (self.geometry.in_channels, None))
+        _agree(given[0], (self.geometry.in_channels, False))
         _agree(self.geometry.groups, 1)
-        return {self.name: (self.geometry.out_channels, None)}
+        return {self.name: (self.geometry.out_channels, False)}
 
 
 class Pointwise(Layer):
     """What is computed value by value, in this order: norm, sum with the second source, an activation that keeps
-    values between bounds. The answer is a map, bits in `groups` groups, or both."""
+    values between bounds. The answer is a map, with `bits` the signs of that, or both."""
 
     reads = (1, 2)
 
@@ -173,7 +171,7 @@ class Pointwise(Layer):
     norm: bool = False
     activation: str | None = None
     map: bool = True
-    groups: PositiveInt | None = None
+    bits: bool = False
 
     @field_validator("activation")
     @classmethod
@@ -187,12 +185,9 @@ class Pointwise(Layer):
 
     def makes(self, given: tuple[Channels, ...]) -> dict[str, Channels]:
         for value in given:
-            _agree(value, (self.channels, None))
-        made = {self.name: given[0]} if self.map else {}
-        if self.groups is not None:
-            _agree(self.channels % self.groups, 0)
-            made[self.name + BITS] = (self.channels, self.groups)
-        return made
+            _agree(value, (self.channels, False))
+        return ({self.name: given[0]} if self.map else {}) | (
+            {self.name + BITS: (self.channels, True)} if self.bits else {})
 
 
 class Smooth(Layer):
@@ -238,14 +233,13 @@ class BitPool(Layer):
     op: Literal["bit_pool"] = "bit_pool"
     window: Window
     channels: PositiveInt
-    groups: PositiveInt = 1
     flipped: bool = False
 
     def tensors(self) -> Expected:
         return {"flip": (torch.bool, (self.channels,))} if self.flipped else {}
 
     def makes(self, given: tuple[Channels, ...]) -> dict[str, Channels]:
-        _agree(given[0], (self.channels, self.groups))
+        _agree(given[0], (self.channels, True))
         return {self.name + BITS: given[0]}
 
 
@@ -264,7 +258,7 @@ class Flatten(Layer):
 
     def makes(self, given: tuple[Channels, ...]) -> dict[str, Channels]:
         _agree(self.features % _map(given[0])[0], 0)
-        return {self.name: (self.features, None)}
+        return {self.name: (self.features, False)}
 
 
 class Subsample(Layer):
@@ -282,7 +276,7 @@ class Pad(Layer):
     after: int = Field(ge=0)
 
     def makes(self, given: tuple[Channels, ...]) -> dict[str, Channels]:
-        return {self.name: (_map(given[0])[0] + self.before + self.after, None)}
+        return {self.name: (_map(given[0])[0] + self.before + self.after, False)}
 
 
 class Scale(Layer):
@@ -316,7 +310,7 @@ def _bytes(shape: tuple[int, ...], bits: int = 1) -> int:
 
 
 def _map(value: Channels) -> Channels:
-    if value[1] is not None:
+    if value[1]:
         raise ValueError("bits stand where a map is expected")
     return value
 

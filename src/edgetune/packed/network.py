@@ -150,12 +150,10 @@ class _BinarySign(_Binary):
 
     def __init__(self, layer: layers.BinarySign, tensors: Tensors) -> None:
         super().__init__(layer, tensors)
-        self.groups = layer.groups
         self.hold(threshold=tensors["threshold"], flip=tensors["flip"] if bool(tensors["flip"].any()) else None)
 
     def forward(self, bits: torch.Tensor) -> Values:
-        return {self.bits: kernels.binary_conv_sign(bits, self.filters, self.at(bits), self.threshold, self.flip,
-                                                    self.groups)}
+        return {self.bits: kernels.binary_conv_sign(bits, self.filters, self.at(bits), self.threshold, self.flip)}
 
 
 class _Adder(_Step):
@@ -187,7 +185,7 @@ class _Pointwise(_Step):
 
     def __init__(self, layer: layers.Pointwise, tensors: Tensors) -> None:
         super().__init__(layer, tensors)
-        self.groups, self.whole = layer.groups or 0, layer.map
+        self.wanted = layer.map, layer.bits
         self.bounds = (-math.inf, math.inf) if layer.activation is None else MASKS[layer.activation]
         self.hold(gain=tensors.get("gain"), shift=tensors.get("shift"))
 
@@ -195,7 +193,7 @@ class _Pointwise(_Step):
         flat = x.dim() == 2  # between linear layers
         if flat:
             x, residual = x[..., None, None], None if residual is None else residual[..., None, None]
-        y, bits = kernels.affine_clip(x, self.gain, self.shift, residual, *self.bounds, self.whole, self.groups)
+        y, bits = kernels.affine_clip(x, self.gain, self.shift, residual, *self.bounds, *self.wanted)
         made: Values = {}
         if y is not None:
             made[self.name] = y.flatten(1) if flat else y
@@ -230,7 +228,7 @@ class _BitPool(_Step):
         super().__init__(layer, tensors)
         self.window = layer.window
         signs = torch.where(tensors["flip"], 1.0, -1.0).view(1, -1, 1, 1) if layer.flipped else None
-        self.hold(flip=None if signs is None else kernels.sign_pack(signs, layer.groups))
+        self.hold(flip=None if signs is None else kernels.sign_pack(signs))
 
     def forward(self, bits: torch.Tensor) -> Values:
         made = any_under(bits, self.window)

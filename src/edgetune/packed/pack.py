@@ -86,7 +86,7 @@ class _Builder:
     def _run(self, step: Step) -> Iterator[Made]:
         """From bits to bits, with a pool of bits where there is a pool: directly behind the convolution it is one of
         sums, behind the norm one of signs."""
-        first, groups = step.calls[0], step.groups or 1
+        first = step.calls[0]
         pool = next((call for call in step.calls if call.kind == "max_pool"), None)
         made = self._made(first)
         tensors = encode(made, "bits")
@@ -94,12 +94,12 @@ class _Builder:
         of_sums = pool is not None and pool is step.calls[1] and len(step.calls) > 2
         now = torch.zeros_like(flip) if of_sums else flip
         yield layers.BinarySign(name=first.node, sources=step.sources, geometry=_geometry(first),
-                                pad_value=self._method(first).pad_value, groups=groups), {
+                                pad_value=self._method(first).pad_value), {
             **tensors, "threshold": threshold, "flip": now}
         if pool is not None:
             later = of_sums and bool(flip.any())
             yield layers.BitPool(name=step.name, sources=(first.node + layers.BITS,), window=_window(pool),
-                                 channels=step.channels, groups=groups, flipped=later), {"flip": flip} if later else {}
+                                 channels=step.channels, flipped=later), {"flip": flip} if later else {}
 
     def _arithmetic(self, step: Step, call: Call) -> Made:
         method = self._layer(call).method
@@ -129,7 +129,7 @@ class _Builder:
         tensors = dict(zip(("gain", "shift"), gain_and_shift(self.model, norm), strict=True)) if norm else {}
         return layers.Pointwise(name=step.name, sources=step.sources, channels=step.channels, norm=norm is not None,
                                 activation=activation.function if activation else None, map=step.map,
-                                groups=step.groups), tensors
+                                bits=step.bits), tensors
 
     def _conv(self, step: Step, call: Call) -> Made:
         tensors = self._weights(call)

@@ -64,7 +64,7 @@ class PackedGraph(Record):
 
     @model_validator(mode="after")
     def _reads_what_is_there(self) -> PackedGraph:
-        known: dict[str, Channels] = {INPUT: (self.input_shape[1], None)}
+        known: dict[str, Channels] = {INPUT: (self.input_shape[1], False)}
         names = {INPUT}
         for layer in self.layers:
             if missing := set(layer.sources) - known.keys():

@@ -7,7 +7,7 @@ typedef struct {
     float low, high;
     float *y;
     uint64_t *bits;
-    int64_t c, groups;
+    int64_t c;
 } clipping;
 
 /* Up to 64 channels of a pixel, from `at` on in memory. */
@@ -30,23 +30,22 @@ static inline __attribute__((always_inline)) uint64_t clip_word(const clipping *
 /* Items are pixels of all samples. */
 static void clip_pixels(const void *job, int64_t begin, int64_t end) {
     const clipping *j = job;
-    int64_t each = j->c / j->groups, words = (each + 63) / 64;
+    int64_t words = parts(j->c, 64);
     for (int64_t pixel = begin; pixel < end; pixel++)
-        for (int64_t g = 0; g < j->groups; g++)
-            for (int64_t k = 0; k < words; k++) {
-                int64_t channel = g * each + 64 * k, at = pixel * j->c + channel, count = least(64, each - 64 * k);
-                uint64_t word = j->gain == NULL && j->residual == NULL ? clip_word(j, at, channel, count, 0, 0)
-                    : j->gain == NULL ? clip_word(j, at, channel, count, 0, 1)
-                    : j->residual == NULL ? clip_word(j, at, channel, count, 1, 0)
-                    : clip_word(j, at, channel, count, 1, 1);
-                if (j->bits) j->bits[(pixel * j->groups + g) * words + k] = word;
-            }
+        for (int64_t k = 0; k < words; k++) {
+            int64_t channel = 64 * k, at = pixel * j->c + channel, count = least(64, j->c - channel);
+            uint64_t word = j->gain == NULL && j->residual == NULL ? clip_word(j, at, channel, count, 0, 0)
+                : j->gain == NULL ? clip_word(j, at, channel, count, 0, 1)
+                : j->residual == NULL ? clip_word(j, at, channel, count, 1, 0)
+                : clip_word(j, at, channel, count, 1, 1);
+            if (j->bits) j->bits[pixel * words + k] = word;
+        }
 }
 
 /* gain and shift are both given or neither; y, bits or both are wanted. */
 void et_affine_clip_f32(const float *x, const float *gain, const float *shift, const float *residual, float low,
-                        float high, float *y, uint64_t *bits, int64_t pixels, int64_t c, int64_t groups, int threads) {
+                        float high, float *y, uint64_t *bits, int64_t pixels, int64_t c, int threads) {
     clipping job = {.x = x, .gain = gain, .shift = shift, .residual = residual, .low = low, .high = high, .y = y,
-                    .bits = bits, .c = c, .groups = groups};
+                    .bits = bits, .c = c};
     et_parallel(clip_pixels, &job, pixels, 3 * pixels * c * (int64_t)sizeof *x, threads);
 }

@@ -2,7 +2,8 @@
  *
  * Filters lie in blocks of LANES of one group, (group block u v byte LANES): one byte has the bits of 8 input channels,
  * lowest first, of one filter; of a block, filter j is at lane 2j and filter LANES/2 + j at lane 2j+1, such that sums
- * of the even and the odd lanes are in the order of filters. What fills the last block and the last byte is 0. */
+ * of the even and the odd lanes are in the order of filters. What fills the last block and the last byte is 0. Filters of
+ * depthwise layers lie as depthwise.h says. */
 #ifndef EDGETUNE_BINARY_H
 #define EDGETUNE_BINARY_H
 
@@ -64,26 +65,20 @@ typedef struct {
     const uint8_t *flips;
     float *y;
     uint64_t *bits;
-    int64_t filters, per_group, words;  /* of the output: in all, of one group of its bits, words of a pixel */
+    int64_t filters, words;  /* of the output: channels and words of a pixel */
     int aligned;  /* stripes begin with a word */
 } answer;
 
 /* `count` bits from channel `first` on to the words of a pixel, which others write to as well unless aligned. */
 static inline void put_bits(const answer *a, int64_t pixel, int64_t first, uint64_t bits, int64_t count) {
-    uint64_t *words = a->bits + pixel * a->words;
+    uint64_t *word = a->bits + pixel * a->words + first / 64;
+    int64_t at = first % 64;
     if (a->aligned) {
-        words[first / 64] = bits;
+        *word = bits;
         return;
     }
-    while (count > 0) {
-        int64_t group = first / a->per_group, within = first % a->per_group, at = within % 64;
-        int64_t take = least(count, least(a->per_group - within, 64 - at));
-        uint64_t some = take == 64 ? bits : bits & (((uint64_t)1 << take) - 1);
-        __atomic_fetch_or(words + group * ((a->per_group + 63) / 64) + within / 64, some << at, __ATOMIC_RELAXED);
-        bits = take == 64 ? 0 : bits >> take;
-        first += take;
-        count -= take;
-    }
+    __atomic_fetch_or(word, bits << at, __ATOMIC_RELAXED);
+    if (at + count > 64) __atomic_fetch_or(word + 1, bits >> (64 - at), __ATOMIC_RELAXED);
 }
 
 static inline v8 load_few(const float *p, int64_t count) { return count >= 8 ? v8_load(p) : part_load(p, (int)count); }

@@ -126,28 +126,104 @@ static void binary_items(const void *job, int64_t begin, int64_t end) {
     }
 }
 
-/* Items are (sample, row, stripe of groups). */
-static void depthwise_items(const void *job, int64_t begin, int64_t end) {
-    const binary_job *j = job;
+/* Of a stripe of depthwise channels: up to how many differences its bits are set, in planes and by the number of taps. */
+typedef struct {
+    wide up_to[MOST_TAPS + 1][PLANES], never[MOST_TAPS + 1], flips;
+    uint8_t known[MOST_TAPS + 1];
+} bounds;
+
+static void read_flips(const answer *a, int64_t first, int64_t count, bounds *to) {
+    memset(to->known, 0, sizeof to->known);
+    to->flips = (wide){0};
+    for (int64_t k = 0; a->flips != NULL && k < count; k++)
+        if (a->flips[first + k]) to->flips[k / 64] |= (uint64_t)1 << k % 64;
+}
+
+/* taps - 2 * differences reach a limit where there are up to (taps - limit) / 2 differences. */
+static void read_bounds(const answer *a, int64_t first, int64_t count, int64_t taps, bounds *to) {
+    wide planes[PLANES] = {{0}}, never = {0};
+    for (int64_t k = 0; k < count; k++) {
+        int64_t room = taps - (int64_t)a->limits[first + k], most = least(room / 2, (1 << PLANES) - 1);
+        uint64_t bit = (uint64_t)1 << k % 64;
+        if (room < 0) never[k / 64] |= bit;
+        for (int b = 0; room >= 0 && b < PLANES; b++)
+            if (most >> b & 1) planes[b][k / 64] |= bit;
+    }
+    memcpy(to->up_to[taps], planes, sizeof planes);
+    to->never[taps] = never;
+    to->known[taps] = 1;
+}
+
+/* Which of the counts are at most their bounds. */
+static inline __attribute__((always_inline)) void within(const wide *plane, int planes, const bounds *b, int64_t taps,
+                                                         wide *bits) {
+    wide more = {0}, beyond = {0};
+    for (int k = planes; k < PLANES; k++) beyond |= b->up_to[taps][k];
+    for (int k = 0; k < planes; k++) {
+        wide most = b->up_to[taps][k];
+        more = (plane[k] & ~most) | (more & ~(plane[k] ^ most));
+    }
+    *bits = (~more | beyond) & ~b->never[taps];
+}
+
+/* A row of the answer, `count` words of channels; with `planes` bits a count. */
+static inline __attribute__((always_inline)) void depthwise_row(const binary_job *j, const channels *at, int64_t row,
+                                                                int planes, bounds *limits, const stripe *stripes) {
     const convolution *c = &j->c;
-    uint64_t w[MOST_TAPS][STRIPE];
-    uint16_t sums[STRIPE];
-    stripe s;
-    for (int64_t item = begin; item < end; item++) {
-        int64_t first = item % j->stripes * STRIPE, row = item / j->stripes, count = least(STRIPE, c->groups - first);
-        for (int64_t t = 0; t < c->ku * c->kv; t++)
-            for (int64_t k = 0; k < count; k++) w[t][k] = (uint64_t)tap_of(c, j->filters, first + k, t);
-        read_stripe(&j->a, first, count, &s);
-        wanted want = {j->a.y != NULL, j->a.residual != NULL, 0, j->a.bits != NULL};
-        for (int64_t q = 0; q < c->q; q++) {
-            int64_t taps = differences_of(c, (const uint64_t *)(const void *)j->bits, (const uint64_t (*)[STRIPE])w,
-                                          row / c->p, row % c->p, q, first, count, sums);
-            put_pixel(&j->a, &s, row * c->q + q, (float)taps, sums, NULL, want);
+    const answer *a = &j->a;
+    int64_t first = 64 * at->word, count = least(WIDE, c->groups - first);
+    wanted want = {a->y != NULL, a->residual != NULL, 0, a->bits != NULL};
+    wide plane[PLANES];
+    for (int64_t q = 0; q < c->q; q++) {
+        int64_t taps = count_planes(c, at, row, q, planes, plane), pixel = row * c->q + q;
+        if (!want.floats) {
+            if (!limits->known[taps]) read_bounds(a, first, count, taps, limits);
+            wide bits;
+            within(plane, planes, limits, taps, &bits);
+            bits ^= limits->flips;
+            for (int64_t k = 0; k < at->count; k++) {
+                int64_t here = least(64, count - 64 * k);
+                a->bits[pixel * a->words + at->word + k] = bits[k] & (~(uint64_t)0 >> (64 - here));
+            }
+            continue;
+        }
+        for (int k = 0; k < at->count; k++) {
+            uint16_t counts[64];
+            counts_of(plane, k, planes, counts);
+            want.whole = stripes[k].count == STRIPE;
+            put_pixel(a, stripes + k, pixel, (float)taps, counts, NULL, want);
         }
     }
 }
 
-/* sizes: as convolution_of reads them, then channels of a group of the bits that come out, and samples at a time.
+/* Items are (words of channels, sample, row). */
+static void depthwise_items(const void *job, int64_t begin, int64_t end) {
+    const binary_job *j = job;
+    const convolution *c = &j->c;
+    int64_t rows = c->n * c->p, words = parts(c->groups, 64), taps = c->ku * c->kv;
+    wide w[MOST_TAPS];
+    bounds limits;
+    stripe stripes[WORDS];
+    channels at = {.bits = (const uint64_t *)(const void *)j->bits, .w = w, .word = -1};
+    for (int64_t item = begin; item < end; item++) {
+        int64_t word = item / rows * WORDS;
+        if (word != at.word) {
+            at.word = word;
+            at.count = least(WORDS, words - word);
+            for (int64_t t = 0; t < taps; t++)
+                read_wide((const uint64_t *)(const void *)j->filters + t * words + word, at.count, w + t);
+            read_flips(&j->a, 64 * word, least(WIDE, c->groups - 64 * word), &limits);
+            for (int64_t k = 0; k < at.count; k++) {
+                int64_t first = 64 * (word + k);
+                read_stripe(&j->a, first, least(STRIPE, c->groups - first), stripes + k);
+            }
+        }
+        if (taps < 16) depthwise_row(j, &at, item % rows, 4, &limits, stripes);
+        else depthwise_row(j, &at, item % rows, PLANES, &limits, stripes);
+    }
+}
+
+/* sizes: as convolution_of reads them, then samples at a time.
  * scratch: 3 bytes a nibble of so many padded samples, the places of two bytes first. y, out or both are wanted. */
 void et_binary_conv_f32(const uint8_t *bits, const uint8_t *filters, const float *scale, const float *shift,
                         const float *residual, const int32_t *limits, const uint8_t *flips, float *y, uint64_t *out,
@@ -155,22 +231,19 @@ void et_binary_conv_f32(const uint8_t *bits, const uint8_t *filters, const float
     enum { MACS_PER_BYTE = 64 };  /* what is worth a thread is told in bytes */
     binary_job j = {.c = convolution_of(sizes), .bits = bits, .filters = filters};
     const convolution *c = &j.c;
-    int64_t filters_in_all = c->o * c->groups, per_group = sizes[19], at_once = sizes[20];
+    int64_t filters_in_all = c->o * c->groups, at_once = sizes[19];
     int64_t macs = c->n * c->p * c->q * filters_in_all * c->i * c->ku * c->kv;
     j.a = (answer){.scale = scale, .shift = shift, .residual = residual, .limits = limits, .flips = flips, .y = y,
-                   .bits = out, .filters = filters_in_all, .per_group = per_group,
-                   .aligned = (c->groups == 1 || c->o % 64 == 0 || is_depthwise(c))
-                       && (per_group == filters_in_all || per_group % 64 == 0)};
-    j.a.words = filters_in_all / per_group * ((per_group + 63) / 64);
+                   .bits = out, .filters = filters_in_all, .words = parts(filters_in_all, 64),
+                   .aligned = c->groups == 1 || c->o % 64 == 0 || is_depthwise(c)};
     if (out != NULL && !j.a.aligned) memset(out, 0, (size_t)(c->n * c->p * c->q * j.a.words) * sizeof *out);
     if (is_depthwise(c)) {
-        j.stripes = parts(c->groups, STRIPE);
-        et_parallel(depthwise_items, &j, c->n * c->p * j.stripes, macs, threads);
+        et_parallel(depthwise_items, &j, c->n * c->p * parts(c->groups, WIDE), macs, threads);
         return;
     }
     j.pairs = parts(c->q, 2);
     j.nibbles = 2 * c->bytes;
-    j.pixel_bytes = c->groups * ((c->i + 63) / 64) * 8;
+    j.pixel_bytes = parts(c->groups * c->i, 64) * 8;
     j.rows = (c->p - 1) * c->stride_h + (c->ku - 1) * c->dil_h + 1;
     j.columns = (2 * j.pairs - 2) * c->stride_w + (c->kv - 1) * c->dil_w + 1;
     j.stripes = parts(c->o, STRIPE);

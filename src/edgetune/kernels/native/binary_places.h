@@ -57,6 +57,16 @@ static inline void split_bytes(const uint8_t *restrict bytes, int64_t count, uin
     }
 }
 
+/* The symbols of one pixel's channels from `first` on, which begin anywhere in a byte. */
+static inline void split_bits(const binary_job *j, const uint8_t *pixel, int64_t first, uint8_t *to) {
+    for (int64_t k = 0; k < j->nibbles; k++) {
+        int64_t at = first + 4 * k, real = least(4, j->c.i - 4 * k), shift = at % 8;
+        unsigned both = real > 0 ? pixel[at / 8] >> shift : 0;
+        if (shift + real > 8) both |= (unsigned)pixel[at / 8 + 1] << (8 - shift);
+        to[k] = real > 0 ? (uint8_t)(both & ((1u << real) - 1)) : 0;
+    }
+}
+
 /* The symbols of one group of a padded row of the input; NULL for a row of the padding. */
 static void read_symbols(const binary_job *j, const uint8_t *row, int64_t group, uint8_t *to) {
     const convolution *c = &j->c;
@@ -64,9 +74,12 @@ static void read_symbols(const binary_job *j, const uint8_t *row, int64_t group,
     pad_symbols(j, left, to);
     if (row == NULL) return;
     to += left * j->nibbles;
-    row += group * ((c->i + 63) / 64 * 8);
+    int64_t first = group * c->i, whole = c->groups == 1 || c->i % 8 == 0;
     if (c->bytes == j->pixel_bytes) split_bytes(row, real * c->bytes, to);
-    else for (int64_t x = 0; x < real; x++) split_bytes(row + x * j->pixel_bytes, c->bytes, to + x * j->nibbles);
+    else if (whole)
+        for (int64_t x = 0; x < real; x++)
+            split_bytes(row + x * j->pixel_bytes + first / 8, c->bytes, to + x * j->nibbles);
+    else for (int64_t x = 0; x < real; x++) split_bits(j, row + x * j->pixel_bytes, first, to + x * j->nibbles);
     pad_symbols(j, all - left - real, to + real * j->nibbles);
 }
 

@@ -160,18 +160,23 @@ static void byte_items(const void *job, int64_t begin, int64_t end) {
     }
 }
 
-/* Items are (sample, row, stripe of groups). */
+/* Items are (stripe of channels, sample, row). */
 static void depthwise_bytes(const void *job, int64_t begin, int64_t end) {
     const byte_job *j = job;
     const convolution *c = &j->c;
+    int64_t rows = c->n * c->p, words = parts(c->groups, 64), stripe = -1;
     int16_t w[MOST_TAPS][STRIPE];
     int32_t sums[STRIPE];
     for (int64_t item = begin; item < end; item++) {
-        int64_t first = item % j->blocks * STRIPE, row = item / j->blocks, count = least(STRIPE, c->groups - first);
-        for (int64_t t = 0; t < c->ku * c->kv; t++)
-            for (int64_t k = 0; k < count; k++) w[t][k] = tap_of(c, j->filters, first + k, t) ? 1 : -1;
+        int64_t row = item % rows, first = item / rows * STRIPE, count = least(STRIPE, c->groups - first);
+        if (item / rows != stripe) {
+            stripe = item / rows;
+            for (int64_t t = 0; t < c->ku * c->kv; t++)
+                for (int64_t k = 0; k < STRIPE; k++)
+                    w[t][k] = ((const uint64_t *)(const void *)j->filters)[t * words + stripe] >> k & 1 ? 1 : -1;
+        }
         for (int64_t q = 0; q < c->q; q++) {
-            byte_sums_of(c, j->x, (const int16_t (*)[STRIPE])w, row / c->p, row % c->p, q, first, count, sums);
+            byte_sums_of(c, j->x, (const int16_t (*)[STRIPE])w, row, q, first, count, sums);
             put_sums(j, row * c->q + q, first, count, sums);
         }
     }
@@ -187,8 +192,7 @@ void et_bit_weight_conv_f32(const uint8_t *x, const uint8_t *filters, const floa
     int64_t at_once = sizes[19];
     j.a = (answer){.scale = scale, .shift = shift, .residual = residual, .y = y, .filters = c->o * c->groups};
     if (is_depthwise(c)) {
-        j.blocks = parts(c->groups, STRIPE);
-        et_parallel(depthwise_bytes, &j, c->n * c->p * j.blocks, c->n * c->p * c->q * c->groups * c->ku * c->kv,
+        et_parallel(depthwise_bytes, &j, c->n * c->p * parts(c->groups, STRIPE), c->n * c->p * c->q * c->groups * c->ku * c->kv,
                     threads);
         return;
     }

@@ -17,6 +17,17 @@ static inline table16 table_at(const void *p) { return _mm256_broadcastsi128_si2
 /* Entry i of the table for every byte i, all below 16. */
 static inline b32 b32_lookup(table16 table, b32 i) { return _mm256_shuffle_epi8(table, i); }
 static inline b32 b32_add(b32 a, b32 b) { return _mm256_add_epi8(a, b); }
+/* `value` in the bytes whose bits are set, else 0. */
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+static inline b32 b32_where(uint32_t bits, int value) { return _mm256_maskz_set1_epi8(bits, (char)value); }
+#else
+static inline b32 b32_where(uint32_t bits, int value) {
+    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), byte), bit);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(own, bit), _mm256_set1_epi8((char)value));
+}
+#endif
 static inline b32 b32_low_nibbles(b32 a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 static inline b32 b32_high_nibbles(b32 a) { return b32_low_nibbles(_mm256_srli_epi16(a, 4)); }
 /* Of numbers of 16 bits. */
@@ -45,6 +56,14 @@ static inline b32 b32_zero(void) { return (b32){vdupq_n_u8(0), vdupq_n_u8(0)}; }
 static inline table16 table_at(const void *p) { return vld1q_u8(p); }
 static inline b32 b32_lookup(table16 table, b32 i) { return (b32){vqtbl1q_u8(table, i.a), vqtbl1q_u8(table, i.b)}; }
 static inline b32 b32_add(b32 x, b32 y) { return (b32){vaddq_u8(x.a, y.a), vaddq_u8(x.b, y.b)}; }
+static inline uint8x16_t half_where(uint32_t bits, int value) {
+    const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+    uint8x16_t own = vcombine_u8(vdup_n_u8((uint8_t)bits), vdup_n_u8((uint8_t)(bits >> 8)));
+    return vandq_u8(vtstq_u8(own, bit), vdupq_n_u8((uint8_t)value));
+}
+static inline b32 b32_where(uint32_t bits, int value) {
+    return (b32){half_where(bits, value), half_where(bits >> 16, value)};
+}
 static inline b32 b32_low_nibbles(b32 x) { return EACH_HALF(x, vandq_u8, vdupq_n_u8(15)); }
 static inline b32 b32_high_nibbles(b32 x) { return EACH_HALF(x, vshrq_n_u8, 4); }
 static inline b32 w16_add(b32 x, b32 y) {
@@ -85,6 +104,11 @@ static inline b32 b32_zero(void) { return (b32){{0}}; }
 static inline table16 table_at(const void *p) { return p; }
 static inline b32 b32_lookup(table16 table, b32 at) { EACH_BYTE at.lane[i] = table[at.lane[i]]; return at; }
 static inline b32 b32_add(b32 a, b32 b) { EACH_BYTE a.lane[i] = (uint8_t)(a.lane[i] + b.lane[i]); return a; }
+static inline b32 b32_where(uint32_t bits, int value) {
+    b32 r;
+    EACH_BYTE r.lane[i] = bits >> i & 1 ? (uint8_t)value : 0;
+    return r;
+}
 static inline b32 b32_low_nibbles(b32 a) { EACH_BYTE a.lane[i] &= 15; return a; }
 static inline b32 b32_high_nibbles(b32 a) { EACH_BYTE a.lane[i] >>= 4; return a; }
 static inline b32 w16_add(b32 a, b32 b) { EACH_WORD(r, WORD(a) + WORD(b)) return r; }
