@@ -215,17 +215,22 @@ def test_methods_of_whole_runs_hold_what_they_keep(case: tuple[nn.Module, torch.
     assert held.prospect.methods == (Exact(),)
 
 
-@pytest.mark.parametrize("share", [0.7, 1.5])
-def test_with_stretches_that_run_again_more_learns_in_the_same_memory(share: float) -> None:
+def test_with_stretches_that_run_again_more_learns_in_the_same_memory() -> None:
     model, x, y = scramble(NETS["Residual"]()), torch.randn(4, 3, 64, 64), torch.arange(4) % 5
-    budget = Budget(memory_bytes=int(share * profile(model, x[:1]).peak_bytes))
-    planner = Planner(model, x, (x, y), recompute=True)
-    found, without = planner.find(budget), Planner(model, x, (x, y)).find(budget)
-    assert found.total.gain >= without.total.gain
-    again = any(isinstance(own, Checkpoint) for stack in found.made.layers.values() for own in stack)
-    assert again == (found.total.gain > without.total.gain) == (share < 1)
-    et.apply(model, found.made)
-    assert measure(model, x, y, micro_batch=found.made.micro_batch, repeats=1).peak_bytes <= (budget.memory_bytes or 0)
+    peak = profile(model, x[:1]).peak_bytes
+    planner, other = Planner(model, x, (x, y), recompute=True), Planner(model, x, (x, y))
+    more: dict[float, bool] = {}
+    for share in (0.65, 0.7, 0.75, 0.8, 0.85, 1.5):  # where it helps depends on what the machine's products take
+        budget = Budget(memory_bytes=int(share * peak))
+        found, without = planner.find(budget), other.find(budget)
+        assert found.total.gain >= without.total.gain
+        again = any(isinstance(own, Checkpoint) for stack in found.made.layers.values() for own in stack)
+        assert again == (found.total.gain > without.total.gain)
+        twin, more[share] = copy.deepcopy(model), again
+        et.apply(twin, found.made)
+        assert measure(twin, x, y, micro_batch=found.made.micro_batch, repeats=1).peak_bytes <= int(share * peak)
+    assert any(more.values()) and not more[1.5]
+
 
 
 def test_a_plan_that_fits_runs_nothing_again(case: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:

@@ -36,8 +36,6 @@ def claim(graph: Graph, plan: Plan) -> list[Segment]:
     # a norm that takes its batch's statistics is torch's, unless its layer's method knows it
     frozen = graph if plan.norms == "frozen" else without(graph, {call.node for call in graph.layers("norm")})
     for kind in sorted(kinds, key=lambda kind: (issubclass(kind, KeptMethod), kind.method)):
-        if not hasattr(kind, "claim"):
-            continue
         left = graph if issubclass(kind, ArithmeticMethod) else frozen
         if issubclass(kind, CodedMethod):
             _check_held(graph, plan, kind, taken)

@@ -1,15 +1,15 @@
 """What a method promises, and what a plan says. The hosts rely on nothing else.
 
-A method is a frozen settings record with a name. It comes in one of three shapes:
+A method is a frozen settings record with a name. It comes in one of two shapes:
 
     LayerMethod     save(x, geometry) -> kept;  receive(gy, geometry) -> g;
                     grad_input(g, weight, geometry) -> gx;  grad_weight(kept, g, geometry) -> gw
-    SegmentMethod   claim(graph, plan) -> segments, each with a Rule: forward -> outputs, kept; backward -> gradients
     ArithmeticMethod    quantize_weight(weight, progress), quantize_activation(x, progress), with gradients of their
                     own, and convolve(x, weight, geometry, progress) -> y: the layer's answer changes; with `fits`
                     fitted(x) -> settings, once the layer is trained; unpacked() -> why it has no packed form
 
-A KeptMethod stands beside the first two: it says how what is kept is held, as `codec(state)` does, or what of it is
+Either may take runs of calls as one: claim(graph, plan) -> segments, each with a Rule: forward -> outputs, kept;
+backward -> gradients. A KeptMethod stands beside them: it says how what is kept is held, as `codec(state)` does, or what of it is
 not held but made again.
 
 Subclasses register themselves by name; `edgetune.methods` imports every file of its folders.
@@ -90,6 +90,11 @@ class Method(Frozen):
     def placed(self, worth: torch.Tensor, geometry: ConvGeometry) -> Method:
         """The same method, its part where `worth` (o i u v), such as a weight or its gradient, has most energy."""
         return self
+
+    @classmethod
+    def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
+        """The runs of calls that methods of this kind take as one, of the layers which the plan gives to them."""
+        return []
 
     def state_of(self, call: Call) -> dict[str, torch.Tensor]:
         """What the method remembers of a layer from step to step, as it is at first: role -> tensor.
@@ -223,15 +228,6 @@ class Stretch:
         return any(call.kind not in _DRAWS_NOTHING for call in self.calls)
 
 
-class SegmentMethod(Method):
-    """A method whose backward spans several calls."""
-
-    @classmethod
-    def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
-        """The segments that this method takes of the layers which the plan gives to it."""
-        raise TypeError(f"method '{cls.method}' declares no claim")
-
-
 class ArithmeticMethod(Method):
     """A method that changes the numbers a convolution computes with, in training and ever after.
 
@@ -286,12 +282,6 @@ class ArithmeticMethod(Method):
         """The same method, its settings fitted to a batch x (n c h w) of what the layer reads, beside those before."""
         return self
 
-    @classmethod
-    def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
-        """Runs around layers of this method whose training keeps less than `convolve` would."""
-        return []
-
-
 class KeptMethod(Method):
     """A method that leaves gradients to others, and says how what a layer keeps is held until backward."""
 
@@ -301,11 +291,6 @@ class KeptMethod(Method):
     def choices(cls) -> tuple[KeptMethod, ...]:
         """The settings that a planner weighs."""
         return (cls(),)
-
-    @classmethod
-    def claim(cls, graph: Graph, plan: Plan) -> list[Segment]:
-        """The segments that it takes of the layers which the plan gives to it, in what other methods have left."""
-        return []
 
     @classmethod
     def stretches(cls, graph: Graph, plan: Plan) -> list[Stretch]:

@@ -68,7 +68,7 @@ class Prospect:
         self.graph = trace(model, sample[:1]).model_copy(update={"input_shape": tuple(sample.shape)})
         self.convs = self.graph.layers("conv")
         self.kept: dict[Method, dict[str, tuple[int, int]]] = {}
-        self.methods = self._differing([m for m in methods if hold is None or not hasattr(m, "claim")])
+        self.methods = self._differing([m for m in methods if hold is None or not self._takes_runs(m)])
         batch = batch or (sample, drawn_labels(model, sample))
         self.worth: Calibration = calibrate(model, self.graph, batch, self.methods, hold=hold)
         self.faith = {method: _faith(*(_squared([cosines.get(call.name, other) for call in self.convs])
@@ -79,6 +79,10 @@ class Prospect:
 
     def _held(self, made: Plan) -> Plan:
         return held_by(made, self.graph, self.hold)
+
+    def _takes_runs(self, method: Method) -> bool:
+        """Whether on this network the method takes calls together, and keeps what they read in its own way."""
+        return bool(method.claim(self.graph, last_layers(self.graph, None, method)))
 
     def _differing(self, methods: Sequence[Method]) -> tuple[Method, ...]:
         """The methods, without those that are exact on this network and keep what a simpler one does."""
