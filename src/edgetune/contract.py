@@ -9,8 +9,8 @@ A method is a frozen settings record with a name. It comes in one of two shapes:
                     fitted(x) -> settings, once the layer is trained; unpacked() -> why it has no packed form
 
 Either may take runs of calls as one: claim(graph, plan) -> segments, each with a Rule: forward -> outputs, kept;
-backward -> gradients. A KeptMethod stands beside them: it says how what is kept is held, as `codec(state)` does, or what of it is
-not held but made again.
+backward -> gradients. A KeptMethod stands beside them: it says how what is kept is held, as `codec(state)` does, or
+what of it is not held but made again.
 
 Subclasses register themselves by name; `edgetune.methods` imports every file of its folders.
 """

@@ -102,11 +102,11 @@ OPTIMIZER_STATE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "step")
 """What an optimizer may remember of a parameter."""
 
 
-def _optimizer(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+def optimizer_named(name: str, groups: list[dict[str, Any]], rate: float, momentum: float) -> torch.optim.Optimizer:
     """SGD, or AdamW, whose decay is apart from the gradient and so means the same however gradients are scaled."""
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.momentum, 0.999))
-    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, betas=(momentum, 0.999))
+    return torch.optim.SGD(groups, lr=rate, momentum=momentum)
 
 
 def _remembered(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -139,9 +139,10 @@ class Leg:
         self.learned = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         flat = [p for p in self.learned.values() if p.ndim <= 1]
         deep = [p for p in self.learned.values() if p.ndim > 1]
-        decay = self.settings.weight_decay
-        groups = [{"params": deep, "weight_decay": decay}, {"params": flat, "weight_decay": 0.0}]
-        self.optimizer = _optimizer([g for g in groups if g["params"]], self.settings)
+        settings = self.settings
+        groups = [{"params": deep, "weight_decay": settings.weight_decay}, {"params": flat, "weight_decay": 0.0}]
+        self.optimizer = optimizer_named(
+            settings.optimizer, [g for g in groups if g["params"]], settings.learning_rate, settings.momentum)
         self.per_epoch = -(-len(self.data.train) // self.settings.batch_size)
         self.total = self.settings.epochs * self.per_epoch
 

@@ -21,6 +21,7 @@ from edgetune.distil import Distil, distilled
 from edgetune.draft import held_by, last_layers
 from edgetune.frozen import front_of, install
 from edgetune.graph import Graph, trace
+from edgetune.loop import optimizer_named
 from edgetune.lowrank import choose_ranks
 from edgetune.methods.backward.comet import COMET
 from edgetune.methods.backward.exact import Exact
@@ -57,18 +58,19 @@ def leave(model: Any) -> None:
     """Gradients as they are."""
 
 
-def _adamw(model: nn.Module, rate: float, momentum: float, seed: int) -> torch.optim.Optimizer:
-    learned = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(learned, lr=rate, betas=(momentum, 0.999), weight_decay=WEIGHT_DECAY)
-
-
-def _decayed_sgd(model: nn.Module, rate: float, momentum: float, seed: int) -> torch.optim.Optimizer:
-    learned = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(learned, lr=rate, momentum=momentum, weight_decay=WEIGHT_DECAY)
-
-
-OPTIMIZERS = {"sgd": _decayed_sgd, "adamw": _adamw}
 WEIGHT_DECAY = 1e-4
+Optimizes = Callable[[nn.Module, float, float, int], torch.optim.Optimizer]
+"""From a network, the learning rate, the momentum and a seed."""
+
+
+def _decayed(name: str) -> Optimizes:
+    """The optimizer of that name, by which everything decays that learns."""
+
+    def optimizer(model: nn.Module, rate: float, momentum: float, seed: int) -> torch.optim.Optimizer:
+        learned = [p for p in model.parameters() if p.requires_grad]
+        return optimizer_named(name, [{"params": learned, "weight_decay": WEIGHT_DECAY}], rate, momentum)
+
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Trainee:
 
     model: nn.Module
     rescale: Callable[[Any], None] = leave
-    optimizer: Callable[[nn.Module, float, float, int], torch.optim.Optimizer] = _sgd
+    optimizer: Optimizes = _sgd
     plan: Plan | None = None
     live: bool = False
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
@@ -137,7 +139,7 @@ def unfrozen(optimizer: str) -> Prepare:
     """The float network, all of it learning, norms by their batches: what arithmetic methods are compared with."""
 
     def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
-        return Trainee(model.requires_grad_(True), optimizer=OPTIMIZERS[optimizer], live=True)
+        return Trainee(model.requires_grad_(True), optimizer=_decayed(optimizer), live=True)
 
     return prepare
 
@@ -148,7 +150,7 @@ def arithmetic(method: ArithmeticMethod, distil: Distil | None = None) -> Prepar
     def prepare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Trainee:
         made, teacher = recipe(trace(model, x[:1]), method), copy.deepcopy(model)
         apply(model, made.plan)
-        optimizer = OPTIMIZERS[made.settings.get("optimizer", "sgd")]
+        optimizer = _decayed(made.settings.get("optimizer", "sgd"))
         model.train()
         loss = None if distil is None else distilled(model, teacher, distil, x)
         model.eval()
