@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from edgetune.contract import ArithmeticMethod
@@ -62,14 +61,3 @@ def advance(model: nn.Module, progress: float) -> None:
 def share(progress: torch.Tensor) -> float:
     """The number behind `progress`; 1 where tensors have none."""
     return 1.0 if progress.is_meta else float(progress)
-
-
-def padded(x: torch.Tensor, geometry: ConvGeometry, value: float) -> tuple[torch.Tensor, ConvGeometry]:
-    """x (n c h w) with `value` around it as the layer pads, and the layer that pads no more."""
-    top, bottom, left, right = geometry.pads
-    if not any(geometry.pads):
-        return x, geometry
-    height, width = geometry.in_hw
-    unpadded = geometry.model_copy(update={"in_hw": (height + top + bottom, width + left + right),
-                                           "pads": (0, 0, 0, 0), "same": False})
-    return F.pad(x, (left, right, top, bottom), value=value), unpadded

@@ -20,8 +20,8 @@ from pydantic import Field
 from edgetune import kernels
 from edgetune.contract import ArithmeticMethod, Needs, Plan, Segment, Tensors
 from edgetune.graph import Call, Graph
-from edgetune.hosts.arithmetic import PROGRESS, padded, share
-from edgetune.hosts.conv import convolve, geometry_at, input_gradient, weight_gradient
+from edgetune.hosts.arithmetic import PROGRESS, share
+from edgetune.hosts.conv import convolve, geometry_at, input_gradient, padded, weight_gradient
 from edgetune.hosts.pointwise import Backward, Forward, eps
 from edgetune.kernels.binary_format import BinaryLayer
 from edgetune.overlap import ConvGeometry

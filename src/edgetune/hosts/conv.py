@@ -17,14 +17,24 @@ from edgetune.overlap import ConvGeometry
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
+def padded(x: torch.Tensor, geometry: ConvGeometry, value: float = 0.0) -> tuple[torch.Tensor, ConvGeometry]:
+    """x (n c h w) with `value` around it as the layer pads, and the layer that pads no more."""
+    top, bottom, left, right = geometry.pads
+    if not any(geometry.pads):
+        return x, geometry
+    height, width = geometry.in_hw
+    unpadded = geometry.model_copy(update={"in_hw": (height + top + bottom, width + left + right),
+                                           "pads": (0, 0, 0, 0), "same": False})
+    return F.pad(x, (left, right, top, bottom), value=value), unpadded
+
+
 def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
              geometry: ConvGeometry) -> torch.Tensor:
     """The layer's own forward, bit for bit: x (n c h w), weight (o i u v) -> y (n o h w)."""
-    top, bottom, left, right = geometry.pads
-    if geometry.symmetric:
-        return F.conv2d(x, weight, bias, geometry.stride, (top, left), geometry.dilation, geometry.groups)
-    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, geometry.stride, 0, geometry.dilation,
-                    geometry.groups)
+    if not geometry.symmetric:
+        x, geometry = padded(x, geometry)
+    top, _, left, _ = geometry.pads
+    return F.conv2d(x, weight, bias, geometry.stride, (top, left), geometry.dilation, geometry.groups)
 
 
 def input_gradient(g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
@@ -34,23 +44,21 @@ def input_gradient(g: torch.Tensor, weight: torch.Tensor, geometry: ConvGeometry
     if geometry.symmetric:
         x = _not_read((n, geometry.in_channels, height, width), g)
         return _backward(g, x, weight.to(g.dtype), geometry, (top, left), (True, False))[0]
-    padded = _not_read((n, geometry.in_channels, height + top + bottom, width + left + right), g)
-    gx, _ = _backward(g, padded, weight.to(g.dtype), geometry, (0, 0), (True, False))
+    larger = _not_read((n, geometry.in_channels, height + top + bottom, width + left + right), g)
+    gx, _ = _backward(g, larger, weight.to(g.dtype), geometry, (0, 0), (True, False))
     return gx[:, :, top:top + height, left:left + width]
 
 
 def weight_gradient(x: torch.Tensor, g: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
     """The exact gw (o i u v) of the layer from x (n c h w) and g (n o p q)."""
-    top, bottom, left, right = geometry.pads
+    if not geometry.symmetric:
+        x, geometry = padded(x, geometry)
+    top, _, left, _ = geometry.pads
     if _few_pointwise(geometry):
         x, g = x.contiguous(), g.contiguous()
     shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel)
     x = x.to(g.dtype)
-    weight = _not_read(shape, x)
-    if geometry.symmetric:
-        return _backward(g, x, weight, geometry, (top, left), (False, True))[1]
-    padded = F.pad(x, (left, right, top, bottom))
-    return _backward(g, padded, weight, geometry, (0, 0), (False, True))[1]
+    return _backward(g, x, _not_read(shape, x), geometry, (top, left), (False, True))[1]
 
 
 def both_gradients(x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor,

@@ -13,9 +13,8 @@ from torch import nn
 from edgetune import kernels
 from edgetune.errors import ModelError
 from edgetune.hosts.adder_integers import Arranged, Steps, answer, arranged
-from edgetune.hosts.arithmetic import padded
 from edgetune.hosts.binary import layer_of
-from edgetune.hosts.conv import convolve
+from edgetune.hosts.conv import convolve, padded
 from edgetune.kernels.binary_format import BinaryLayer
 from edgetune.methods.arithmetic.xnor import window_means
 from edgetune.packed import layers
