@@ -257,7 +257,7 @@ PRODUCTS: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
     aten.dot.default: _matrix(0), aten.addmm.default: _matrix(1), aten.baddbmm.default: _matrix(1),
     aten.addmv.default: _matrix(1),
     torch.ops.edgetune.grid_products.default: _grid_products,
-    torch.ops.edgetune.binary_conv.default: _binary, torch.ops.edgetune.binary_conv_both.default: _binary,
+    torch.ops.edgetune.binary_conv.default: _binary, torch.ops.edgetune.binary_conv_clip.default: _binary,
     torch.ops.edgetune.bit_weight_conv.default: _binary,
     torch.ops.edgetune.adder_conv.default: _adder, torch.ops.edgetune.adder_conv_input_gradient.default: _adder_back}
 """Multiply-accumulates of the operators that multiply and add up; elementwise work counts on neither side."""

@@ -82,18 +82,21 @@ def _affine(chosen: random.Random, channels: int, shape: tuple[int, ...]) -> lis
 def _binary(chosen: random.Random) -> tuple[BinaryLayer, Tensor, Tensor, list[Tensor | None]]:
     layer, (n, h, w) = _drawn_layer(chosen, chosen.choice([-1, 0, 0, 1]))
     bits = fallback.sign_pack(torch.randn(n, layer.channels, h, w))
-    shape = n, layer.out_channels, *layer.out_size(h, w)
-    return layer, _spread(bits, chosen), _filters(layer), _affine(chosen, layer.out_channels, shape)
+    return layer, _spread(bits, chosen), _filters(layer), _affine(chosen, layer.out_channels, _out_shape(layer, bits))
+
+
+def _out_shape(layer: BinaryLayer, bits: Tensor) -> tuple[int, ...]:
+    return bits.shape[0], layer.out_channels, *layer.out_size(*bits.shape[1:3])
 
 
 def binary_conv(chosen: random.Random) -> tuple[Any, ...]:
-    layer, bits, filters, affine = _binary(chosen)
-    return bits, filters, *affine, list(layer)
+    layer, bits, filters, (scale, _, _) = _binary(chosen)
+    return bits, filters, scale, list(layer)
 
 
-def binary_conv_both(chosen: random.Random) -> tuple[Any, ...]:
-    layer, bits, filters, affine = _binary(chosen)
-    return bits, filters, *affine, list(layer)
+def binary_conv_clip(chosen: random.Random) -> tuple[Any, ...]:
+    layer, bits, filters, (scale, _, _) = _binary(chosen)
+    return bits, filters, scale, *_clip(chosen, _out_shape(layer, bits)), list(layer)
 
 
 def binary_conv_sign(chosen: random.Random) -> tuple[Any, ...]:
@@ -108,12 +111,17 @@ def binary_conv_sign(chosen: random.Random) -> tuple[Any, ...]:
 def affine_clip(chosen: random.Random) -> tuple[Any, ...]:
     (x,) = sign_pack(chosen)
     x = (x.nan_to_num(0.5, 3.0, -3.0) * 64).round().float() / 64
-    gain, shift, residual = _affine(chosen, x.shape[1], tuple(x.shape))
+    return x, *_clip(chosen, tuple(x.shape))
+
+
+def _clip(chosen: random.Random, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """What follows a map of that shape value by value."""
+    gain, shift, residual = _affine(chosen, shape[1], shape)
     if gain is None or shift is None:
         gain = shift = None
     whole = chosen.random() < 0.7
     low, high = chosen.choice([(-1.0, 1.0), (0.0, float("inf")), (0.0, 6.0), (-float("inf"), float("inf"))])
-    return x, gain, shift, residual, low, high, whole, not whole or chosen.random() < 0.6
+    return gain, shift, residual, low, high, whole, not whole or chosen.random() < 0.6
 
 
 def bit_weight_conv(chosen: random.Random) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,22 +66,20 @@ def _affine(y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Ten
     return y if residual is None else y + residual.double()
 
 
-def slow_binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
-                     residual: Tensor | None, numbers: Sequence[int]) -> Tensor:
+def slow_binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, numbers: Sequence[int]) -> Tensor:
     layer = BinaryLayer(*numbers)
     x = slow_sign_unpack(bits, layer.channels)
-    return _affine(_conv(x, filters, layer), scale, shift, residual)
+    return _affine(_conv(x, filters, layer), scale, None, None)
 
 
-def slow_binary_conv_both(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
-                          residual: Tensor | None, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-    y = slow_binary_conv(bits, filters, scale, shift, residual, numbers)
-    return y, slow_sign_pack(y)
+def slow_binary_conv_clip(bits: Tensor, filters: Tensor, scale: Tensor | None, *given: Any) -> tuple[Tensor, Tensor]:
+    *clip, numbers = given
+    return slow_affine_clip(slow_binary_conv(bits, filters, scale, numbers), *clip)
 
 
 def slow_binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None,
                           numbers: Sequence[int]) -> Tensor:
-    y = slow_binary_conv(bits, filters, None, None, None, numbers)
+    y = slow_binary_conv(bits, filters, None, numbers)
     reached = (y >= threshold.double().view(-1, 1, 1)).double()
     if flip is not None:
         reached = (reached - flip.double().view(-1, 1, 1)).abs()

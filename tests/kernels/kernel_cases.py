@@ -201,7 +201,7 @@ MAKERS: dict[str, Callable[[random.Random], tuple[Any, ...]]] = {
                                      masked_patch_mean, norm_backward, grid_products, group_pack, group_unpack,
                                      max_pool, max_pool_backward, bounded_sizes, bounded_encode, bounded_decode,
                                      binary_cases.sign_pack, binary_cases.sign_unpack, binary_cases.arrange_filters,
-                                     binary_cases.binary_conv, binary_cases.binary_conv_both,
+                                     binary_cases.binary_conv, binary_cases.binary_conv_clip,
                                      binary_cases.binary_conv_sign, binary_cases.bit_weight_conv,
                                      binary_cases.affine_clip, *adder_cases.ALL)}
 

@@ -1,4 +1,5 @@
 /* Prints a checksum of every kernel's answer on made-up data, one a line: two builds of it must print the same. */
+#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,8 +30,8 @@ void et_grid_products_f32(const float *, const float *, const float *, const flo
 void et_sign_pack_f32(const float *, uint64_t *, I, I, I, int, int);
 void et_sign_unpack_f32(const uint64_t *, float *, I, I, int);
 void et_arrange_filters_f32(const uint8_t *, uint8_t *, I, I, I, I, I, int);
-void et_binary_conv_f32(const uint8_t *, const uint8_t *, const float *, const float *, const float *, const int32_t *,
-                        const uint8_t *, float *, uint64_t *, void *, const I *, int);
+void et_binary_conv_f32(const uint8_t *, const uint8_t *, const float *, const float *, const float *, const float *,
+                        const int32_t *, const uint8_t *, float *, uint64_t *, void *, const I *, float, float, int);
 void et_bit_weight_conv_f32(const uint8_t *, const uint8_t *, const float *, const float *, const float *, float *,
                             int32_t *, uint8_t *, const I *, int);
 void et_affine_clip_f32(const float *, const float *, const float *, const float *, float, float, float *, uint64_t *,
@@ -194,14 +195,17 @@ static void check_binary(float *x, const uint8_t *bytes) {
         show("arrange_filters", filters, wide ? g * ((o + 31) / 32) * t * t * wide * 32 : t * t * ((g + 63) / 64) * 8);
         I sizes[] = {n, h, w, p, q, i * g, o * g, t, t, s[7], s[7], s[8], s[8], s[8], s[8], d, d, g, s[10], 2};
         for (I c = 0; c < outs; c++) y[c] = 0;
-        et_binary_conv_f32((uint8_t *)bits, (uint8_t *)filters, NULL, NULL, NULL, NULL, NULL, y, NULL, scratch, sizes, 2);
+        et_binary_conv_f32((uint8_t *)bits, (uint8_t *)filters, NULL, NULL, NULL, NULL, NULL, NULL, y, NULL, scratch,
+                           sizes, -INFINITY, INFINITY, 2);
         show("binary_conv", y, outs * sizeof *y);
-        et_binary_conv_f32((uint8_t *)bits, (uint8_t *)filters, NULL, NULL, NULL, limits, flips, NULL, out, scratch, sizes, 2);
+        et_binary_conv_f32((uint8_t *)bits, (uint8_t *)filters, NULL, NULL, NULL, NULL, limits, flips, NULL, out,
+                           scratch, sizes, -INFINITY, INFINITY, 2);
         show("binary_conv_sign", out, out_words * 8);
         for (I c = 0; c < ROOM; c++) x[c] = (float)((int)(next() >> 8) % 33 - 16) / 16.0f;
-        et_binary_conv_f32((uint8_t *)bits, (uint8_t *)filters, x, x + 5000, x + 9000, NULL, NULL, y, out, scratch, sizes, 1);
-        show("binary_conv_both y", y, outs * sizeof *y);
-        show("binary_conv_both", out, out_words * 8);
+        et_binary_conv_f32((uint8_t *)bits, (uint8_t *)filters, x, x + 3000, x + 5000, x + 9000, NULL, NULL, y, out,
+                           scratch, sizes, -20, 20, 1);
+        show("binary_conv_clip y", y, outs * sizeof *y);
+        show("binary_conv_clip", out, out_words * 8);
         sizes[18] = 128;
         et_bit_weight_conv_f32(bytes, (uint8_t *)filters, NULL, NULL, NULL, NULL, limits, scratch, sizes, 2);
         show("bit_weight_conv", limits, outs * sizeof *limits);

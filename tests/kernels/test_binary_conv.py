@@ -64,17 +64,27 @@ def test_sums_are_those_of_float64(layer: BinaryLayer, size: tuple[int, int, int
                        _reference(octets, weight, of_bytes))
 
 
-def test_a_residual_step_gives_floats_and_bits_at_once() -> None:
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("layer", [BinaryLayer(128, 192, 3, 3, 1, 1, 1, 1, 1, 1), BinaryLayer(90, 90, 3, 3, groups=90),
+                                   BinaryLayer(18, 42, 3, 3, groups=3)], ids=str)
+def test_what_follows_in_the_same_pass_has_the_same_numbers(layer: BinaryLayer, wanted: tuple[bool, bool]) -> None:
     torch.manual_seed(0)
-    layer = BinaryLayer(128, 192, 3, 3, 1, 1, 1, 1, 1, 1)
     x, weight = _drawn(layer, 2, 10, 11)
-    scale, shift, residual = torch.randn(192), torch.randn(192), torch.randn(2, 192, 10, 11)
-    given = kernels.sign_pack(x), kernels.binary_filters(weight), layer, scale, shift, residual
-    y, bits = kernels.binary_conv_both(*given)
-    wanted = _reference(_signs(x), weight, layer) * scale[:, None, None] + shift[:, None, None] + residual
-    torch.testing.assert_close(y.double(), wanted.double(), rtol=1e-6, atol=1e-5)
-    assert torch.equal(bits, kernels.sign_pack(y)) and torch.equal(y, kernels.binary_conv(*given))
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    o = layer.out_channels
+    bits, filters = kernels.sign_pack(x), kernels.binary_filters(weight, layer.groups)
+    scale, gain, shift = torch.rand(o), torch.randn(o), torch.randn(o)
+    y = kernels.binary_conv(bits, filters, layer, scale)
+    torch.testing.assert_close(y.double(), _reference(_signs(x), weight, layer) * scale[:, None, None], rtol=1e-6,
+                               atol=1e-6)
+    for norm in ((gain, shift), (None, None)):
+        for residual in (torch.randn_like(y), None):
+            given = *norm, residual, -1.0, 1.0, *wanted
+            together = kernels.binary_conv_clip(bits, filters, layer, scale, *given)
+            for found, apart in zip(together, kernels.affine_clip(y, *given), strict=True):
+                assert (found is None) == (apart is None)
+                if found is not None and apart is not None:
+                    assert torch.equal(found, apart)
+                    assert found.dtype == torch.int64 or found.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("shape", [(5, 64, 3, 3), (5, 128, 1, 1), (3, 7, 3, 5), (1, 1, 1, 1), (6, 100, 2, 2)])
@@ -117,9 +127,10 @@ def test_thresholds_give_the_bits_of_the_float_map() -> None:
     layer = BinaryLayer(70, 96, 3, 3, 1, 1, 1, 1, 1, 1, pad_value=chosen.choice([-1, 0, 1]))
     x, weight = _drawn(layer, 2, 9, 9)
     bits, filters, scale, shift = kernels.sign_pack(x), kernels.binary_filters(weight), torch.randn(96), torch.randn(96)
-    y = kernels.binary_conv(bits, filters, layer, scale, shift)
-    assert torch.equal(kernels.binary_conv_sign(bits, filters, layer, *kernels.sign_thresholds(scale, shift)),
-                       kernels.sign_pack(y))
+    _, signs = kernels.binary_conv_clip(bits, filters, layer, None, scale, shift, whole=False, signs=True)
+    assert signs is not None
+    thresholds = kernels.sign_thresholds(scale, shift)
+    assert torch.equal(kernels.binary_conv_sign(bits, filters, layer, *thresholds), signs)
 
 
 def test_no_filters_and_no_samples() -> None:
@@ -150,8 +161,11 @@ BYTES = torch.zeros((1, 8, 5, 5), dtype=torch.uint8)
     (lambda: kernels.binary_conv(BITS, FILTERS, LAYER._replace(groups=3)), "3 groups", "own groups"),
     (lambda: kernels.binary_conv(BITS[:, :2], FILTERS, LAYER), "2x5 map", "larger"),
     (lambda: kernels.binary_conv(BITS, FILTERS, LAYER, torch.ones(3)), "scale", "(4,)"),
-    (lambda: kernels.binary_conv(BITS, FILTERS, LAYER, None, torch.ones(4).double()), "float64", "float32"),
-    (lambda: kernels.binary_conv(BITS, FILTERS, LAYER, None, None, torch.ones(1, 4, 3, 2)), "residual", "(1, 4, 3, 3)"),
+    (lambda: kernels.binary_conv(BITS, FILTERS, LAYER, torch.ones(4).double()), "float64", "float32"),
+    (lambda: kernels.binary_conv_clip(BITS, FILTERS, LAYER, residual=torch.ones(1, 4, 3, 2)), "residual",
+     "(1, 4, 3, 3)"),
+    (lambda: kernels.binary_conv_clip(BITS, FILTERS, LAYER, gain=torch.ones(4)), "without a shift", "both or neither"),
+    (lambda: kernels.binary_conv_clip(BITS, FILTERS, LAYER, whole=False), "neither values nor bits", "one of them"),
     (lambda: kernels.binary_conv_sign(BITS, FILTERS, LAYER, torch.zeros(4)), "threshold", "int32"),
     (lambda: kernels.binary_conv_sign(BITS, FILTERS, LAYER, torch.zeros(4).int(), torch.zeros(4)), "flip", "bool"),
     (lambda: kernels.bit_weight_conv(BYTES.char(), FILTERS, LAYER), "int8", "uint8"),

@@ -18,7 +18,7 @@ from kernels.slow_bounded import slow_bounded_decode, slow_bounded_encode, slow_
 
 SMALL = 20_000  # elements: loops in Python are slow
 SLOWER = {"max_pool_backward": 3000, "mask_pack": 3000, "group_pack": 3000, "group_unpack": 3000,
-          "bounded_decode": 80_000, "binary_conv": 2000, "binary_conv_both": 2000, "binary_conv_sign": 2000}
+          "bounded_decode": 80_000, "binary_conv": 2000, "binary_conv_clip": 2000, "binary_conv_sign": 2000}
 SLOW_BOUNDED = slow_bounded_sizes, slow_bounded_encode, slow_bounded_decode
 
 

@@ -13,7 +13,7 @@ from kernels.kernel_cases import MAKERS, as_tuple, call, cases
 
 EXACT = {"patch_spread", "mask_pack", "mask_apply", "mask_count", "bits_count", "group_pack", "group_unpack",
          "max_pool", "bounded_sizes", "bounded_encode", "bounded_decode", "sign_pack", "sign_unpack", "arrange_filters",
-         "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv", "affine_clip", "adder_filters",
+         "binary_conv", "binary_conv_clip", "binary_conv_sign", "bit_weight_conv", "affine_clip", "adder_filters",
          "adder_conv_u8"}
 
 

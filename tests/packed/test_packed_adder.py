@@ -52,8 +52,8 @@ def met(layers: dict[str, nn.Module], run: Callable[[], object]) -> dict[str, tu
 def check(model: nn.Module, packed: Packed, x: torch.Tensor) -> None:
     """Every adder layer gives the same of the same map, to the bit; and the whole network but for sums in float."""
     network, x = PackedNetwork(packed), x.contiguous(memory_format=torch.channels_last)
-    steps = {layer.name: step for layer, step in zip(network.graph.layers, network.steps, strict=True)
-             if isinstance(layer, Adder)}
+    steps = {run[0].name: step for run, step in zip(network.runs, network.steps, strict=True)
+             if isinstance(run[0], Adder)}
     layers = {name.replace(".", "_"): layer for name, layer in arithmetic_layers(model).items()
               if isinstance(layer.method, QuantizedAdder)}
     wanted = met(dict(layers), lambda: model(x))

@@ -32,9 +32,9 @@ SHAPE = (1, 3, 19, 16)
 def packed_bits(network: PackedNetwork, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """The bits that the binary layers of a packed network read, by layer."""
     seen: dict[str, torch.Tensor] = {}
-    handles = [step.register_forward_pre_hook(lambda _, given, name=layer.name: seen.__setitem__(name, given[0]))
-               for layer, step in zip(network.graph.layers, network.steps, strict=True)
-               if isinstance(layer, (BinaryMap, BinarySign))]
+    handles = [step.register_forward_pre_hook(lambda _, given, name=run[0].name: seen.__setitem__(name, given[0]))
+               for run, step in zip(network.runs, network.steps, strict=True)
+               if isinstance(run[0], (BinaryMap, BinarySign))]
     network(x)
     for handle in handles:
         handle.remove()
@@ -119,6 +119,16 @@ def test_bits_go_from_layer_to_layer() -> None:
     ops = [layer.op for layer in pack(rewritten(scattered(build()), layers, XNOR(), SHAPE), SHAPE).graph.layers]
     assert ops == ["conv", "max_pool", "pointwise", "binary_sign", "bit_pool", "binary_sign", "bit_pool", "binary_map",
                    "pointwise", "mean", "linear"]
+
+
+@pytest.mark.parametrize(("net", "method", "pairs"), [
+    ("residual", XNOR(), 3), ("residual", XNOR(input_scale=True), 0), ("plain", XNOR(), 1), ("two_readers", XNOR(), 2)])
+def test_a_convolution_runs_with_the_step_behind_it(net: str, method: ArithmeticMethod, pairs: int) -> None:
+    build, layers = NETS[net]
+    network = PackedNetwork(pack(rewritten(scattered(build()), layers, method, SHAPE), SHAPE))
+    apart = [run[0] for run in network.runs if len(run) == 1]
+    assert sum(len(run) == 2 for run in network.runs) == pairs
+    assert len(apart) + 2 * pairs == len(network.graph.layers)
 
 
 def test_a_norm_a_residual_and_a_clip_are_one_step() -> None:

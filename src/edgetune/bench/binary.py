@@ -47,17 +47,20 @@ def candidates(drawn: Drawn) -> Sequence[Candidate]:
     def affine(sums: torch.Tensor) -> torch.Tensor:
         return sums * scale.view(-1, 1, 1).double() + shift.view(-1, 1, 1).double()
 
-    def close(found: torch.Tensor, sums: torch.Tensor) -> bool:
-        return torch.allclose(found.double(), affine(sums), rtol=1e-5, atol=1e-4)
+    def close(found: torch.Tensor | None, sums: torch.Tensor) -> bool:
+        return found is not None and torch.allclose(found.double(), affine(sums), rtol=1e-5, atol=1e-4)
 
-    def floats() -> torch.Tensor:
-        return kernels.binary_conv(bits, filters, layer, scale, shift)
+    def norm(read: torch.Tensor) -> torch.Tensor | None:
+        return kernels.binary_conv_clip(read, filters, layer, None, scale, shift)[0]
+
+    def floats() -> torch.Tensor | None:
+        return norm(bits)
 
     def packed() -> torch.Tensor:
         return kernels.binary_conv_sign(bits, filters, layer, limits)
 
-    def both() -> torch.Tensor:
-        return kernels.binary_conv(kernels.sign_pack(x), filters, layer, scale, shift)
+    def both() -> torch.Tensor | None:
+        return norm(kernels.sign_pack(x))
 
     def eights() -> torch.Tensor:
         return kernels.bit_weight_conv(bytes_, filters, eight, scale, shift)

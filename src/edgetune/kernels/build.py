@@ -38,7 +38,7 @@ COMPILE_SECONDS = 300
 OPS = ("patch_mean", "patch_spread", "mask_pack", "mask_apply", "mask_count", "bits_count",
        "masked_patch_mean", "norm_backward", "grid_products", "group_pack", "group_unpack", "max_pool",
        "max_pool_backward", "bounded_sizes", "bounded_encode", "bounded_decode", "sign_pack", "sign_unpack",
-       "arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign", "bit_weight_conv", "affine_clip",
+       "arrange_filters", "binary_conv", "binary_conv_clip", "binary_conv_sign", "bit_weight_conv", "affine_clip",
        "adder_conv", "adder_conv_input_gradient", "adder_filters", "adder_conv_u8", "adder_conv_steps")
 
 

@@ -32,7 +32,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
     "sign_pack": (P, P, N, N, N, B),
     "sign_unpack": (P, P, N, N),
     "arrange_filters": (P, P, N, N, N, N, N),
-    "binary_conv": (P, P, P, P, P, P, P, P, P, P, P),
+    "binary_conv": (P, P, P, P, P, P, P, P, P, P, P, P, F, F),
     "bit_weight_conv": (P, P, P, P, P, P, P, P, P),
     "affine_clip": (P, P, P, P, F, F, P, P, N, N),
     "adder_conv": (P, P, P, P, P),

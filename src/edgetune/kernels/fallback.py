@@ -21,7 +21,7 @@ from edgetune.kernels.fallback_binary import (
     affine_clip,
     arrange_filters,
     binary_conv,
-    binary_conv_both,
+    binary_conv_clip,
     binary_conv_sign,
     bit_weight_conv,
     sign_pack,
@@ -43,7 +43,7 @@ from edgetune.kernels.geometry import (
 )
 
 __all__ = ["adder_conv", "adder_conv_input_gradient", "adder_conv_u8", "adder_conv_steps", "adder_filters",
-           "affine_clip", "arrange_filters", "binary_conv", "binary_conv_both", "binary_conv_sign",
+           "affine_clip", "arrange_filters", "binary_conv", "binary_conv_clip", "binary_conv_sign",
            "bit_weight_conv", "bounded_decode", "bounded_encode", "bounded_sizes", "sign_pack", "sign_unpack"]
 
 

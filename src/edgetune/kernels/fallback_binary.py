@@ -98,15 +98,14 @@ def _binary_sums(bits: Tensor, filters: Tensor, layer: BinaryLayer) -> Tensor:
     return _sums(_signs(bits, layer.channels, torch.float64), filters, layer)
 
 
-def binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-                layer: Sequence[int]) -> Tensor:
-    return _affine(_binary_sums(bits, filters, BinaryLayer(*layer)), scale, shift, residual)
+def binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, layer: Sequence[int]) -> Tensor:
+    return _affine(_binary_sums(bits, filters, BinaryLayer(*layer)), scale, None, None)
 
 
-def binary_conv_both(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
-                     residual: Tensor | None, layer: Sequence[int]) -> tuple[Tensor, Tensor]:
-    y = binary_conv(bits, filters, scale, shift, residual, layer)
-    return y, _packed(y >= 0)
+def binary_conv_clip(bits: Tensor, filters: Tensor, scale: Tensor | None, gain: Tensor | None, shift: Tensor | None,
+                     residual: Tensor | None, low: float, high: float, whole: bool, signs: bool,
+                     layer: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return affine_clip(binary_conv(bits, filters, scale, layer), gain, shift, residual, low, high, whole, signs)
 
 
 def binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None,

@@ -42,17 +42,21 @@ def arrange_filters(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
     return torch.empty(layer.filter_shape(), dtype=torch.int64, device=bits.device)
 
 
-def binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-                layer: Sequence[int]) -> Tensor:
+def binary_conv(bits: Tensor, filters: Tensor, scale: Tensor | None, layer: Sequence[int]) -> Tensor:
+    return _map(bits, *_out_shape(bits, filters, scale, layer))
+
+
+def binary_conv_clip(bits: Tensor, filters: Tensor, scale: Tensor | None, gain: Tensor | None, shift: Tensor | None,
+                     residual: Tensor | None, low: float, high: float, whole: bool, signs: bool,
+                     layer: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return _clipped(bits, _out_shape(bits, filters, scale, layer), gain, shift, residual, whole, signs)
+
+
+def _out_shape(bits: Tensor, filters: Tensor, scale: Tensor | None, layer: Sequence[int]) -> tuple[int, int, int, int]:
     shape = out_shape(checked_layer(tuple(layer)), bits, filters)
-    _check_affine(scale, shift, residual, shape)
-    return _map(bits, *shape)
-
-
-def binary_conv_both(bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
-                     residual: Tensor | None, layer: Sequence[int]) -> tuple[Tensor, Tensor]:
-    y = binary_conv(bits, filters, scale, shift, residual, layer)
-    return y, _signs(bits, tuple(y.shape))
+    if scale is not None:
+        check_per_channel("scale", scale, torch.float32, shape[1])
+    return shape
 
 
 def binary_conv_sign(bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None,
@@ -69,18 +73,24 @@ def affine_clip(x: Tensor, gain: Tensor | None, shift: Tensor | None, residual: 
     if x.dtype != torch.float32 or x.dim() != 4:
         raise EdgetuneError(f"a tensor of shape {tuple(x.shape)} and type {x.dtype} isn't a map: give "
                             "float32 (n c h w)")
+    n, c, h, w = x.shape
+    return _clipped(x, (n, c, h, w), gain, shift, residual, whole, signs)
+
+
+def _clipped(like: Tensor, shape: tuple[int, int, int, int], gain: Tensor | None, shift: Tensor | None,
+             residual: Tensor | None, whole: bool, signs: bool) -> tuple[Tensor, Tensor]:
+    """What `affine_clip` makes of a map of that shape."""
     if (gain is None) != (shift is None):
         raise EdgetuneError("a gain without a shift, or the other way round: give both or neither")
     if not whole and not signs:
         raise EdgetuneError("neither values nor bits are wanted: ask for one of them")
-    n, c, h, w = x.shape
     for name, factor in (("gain", gain), ("shift", shift)):
         if factor is not None:
-            check_per_channel(name, factor, torch.float32, c)
+            check_per_channel(name, factor, torch.float32, shape[1])
     if residual is not None:
-        check_residual(residual, (n, c, h, w))
+        check_residual(residual, shape)
     none = 0, 0, 0, 0
-    return _map(x, *((n, c, h, w) if whole else none)), _signs(x, (n, c, h, w) if signs else none)
+    return _map(like, *(shape if whole else none)), _signs(like, shape if signs else none)
 
 
 def bit_weight_conv(x: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,

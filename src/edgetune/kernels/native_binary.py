@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -48,24 +49,25 @@ def arrange_filters(out: Tensor, bits: Tensor, channels: int, groups: int = 1) -
     return True
 
 
-def binary_conv(out: Tensor, bits: Tensor, filters: Tensor, scale: Tensor | None, shift: Tensor | None,
-                residual: Tensor | None, layer: Sequence[int]) -> bool:
-    return _binary((out, None), (scale, shift, residual, None, None), bits, filters, layer)
+def binary_conv(out: Tensor, bits: Tensor, filters: Tensor, scale: Tensor | None, layer: Sequence[int]) -> bool:
+    return _binary((out, None), (scale, None, None, None, None, None), bits, filters, layer)
 
 
-def binary_conv_both(out: tuple[Tensor, Tensor], bits: Tensor, filters: Tensor, scale: Tensor | None,
-                     shift: Tensor | None, residual: Tensor | None, layer: Sequence[int]) -> bool:
-    return _binary(out, (scale, shift, residual, None, None), bits, filters, layer)
+def binary_conv_clip(out: tuple[Tensor, Tensor], bits: Tensor, filters: Tensor, scale: Tensor | None,
+                     gain: Tensor | None, shift: Tensor | None, residual: Tensor | None, low: float, high: float,
+                     whole: bool, signs: bool, layer: Sequence[int]) -> bool:
+    wanted = out[0] if whole else None, out[1] if signs else None
+    return _binary(wanted, (scale, gain, shift, residual, None, None), bits, filters, layer, low, high)
 
 
 def binary_conv_sign(out: Tensor, bits: Tensor, filters: Tensor, threshold: Tensor, flip: Tensor | None,
                      layer: Sequence[int]) -> bool:
-    return _binary((None, out), (None, None, None, threshold, flip), bits, filters, layer)
+    return _binary((None, out), (None, None, None, None, threshold, flip), bits, filters, layer)
 
 
 def _binary(out: tuple[Tensor | None, Tensor | None], factors: tuple[Tensor | None, ...], bits: Tensor,
-            filters: Tensor, layer: Sequence[int]) -> bool:
-    """`factors`: scale, shift, residual, threshold, flip."""
+            filters: Tensor, layer: Sequence[int], low: float = -math.inf, high: float = math.inf) -> bool:
+    """`factors`: scale, gain, shift, residual, threshold, flip."""
     run = function("binary_conv", torch.float32)
     if run is None:
         return False
@@ -76,7 +78,7 @@ def _binary(out: tuple[Tensor | None, Tensor | None], factors: tuple[Tensor | No
     # held until the call is over: the pointers are all that it gets
     dense = [bits.contiguous(), filters.contiguous(), *[None if t is None else _dense(t) for t in factors], *out,
              torch.empty(room, dtype=torch.uint8)]
-    run(*[None if t is None else t.data_ptr() for t in dense], ctypes.addressof(sizes), get_num_threads())
+    run(*[None if t is None else t.data_ptr() for t in dense], ctypes.addressof(sizes), low, high, get_num_threads())
     return True
 
 

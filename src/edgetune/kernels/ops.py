@@ -39,7 +39,7 @@ _sign_pack = _ops.sign_pack.default
 _sign_unpack = _ops.sign_unpack.default
 _arrange_filters = _ops.arrange_filters.default
 _binary_conv = _ops.binary_conv.default
-_binary_conv_both = _ops.binary_conv_both.default
+_binary_conv_clip = _ops.binary_conv_clip.default
 _binary_conv_sign = _ops.binary_conv_sign.default
 _bit_weight_conv = _ops.bit_weight_conv.default
 _affine_clip = _ops.affine_clip.default
@@ -197,20 +197,22 @@ def arrange_filters(bits: Tensor, channels: int, groups: int = 1) -> Tensor:
     return _arrange_filters(bits, channels, groups)
 
 
-def binary_conv(bits: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tensor | None = None,
-                shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def binary_conv(bits: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tensor | None = None) -> Tensor:
     """Convolution of +-1 with +-1: sign_pack's bits and arranged filters -> float32 (n o p q), channels last.
 
-    y = scale*sum + shift, float32 (o), rounded once where the CPU fuses it, then + residual (n o p q). The sum is
-    exact, also at a border of zeros (layer.pad_value 0; -1 and +1 are ordinary bits).
+    The sum, times scale float32 (o). It is exact, also at a border of zeros (layer.pad_value 0; -1 and +1 are ordinary
+    bits).
     """
-    return _binary_conv(bits, filters, scale, shift, residual, layer)
+    return _binary_conv(bits, filters, scale, layer)
 
 
-def binary_conv_both(bits: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tensor | None = None,
-                     shift: Tensor | None = None, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What binary_conv gives, and sign_pack of that, in one pass."""
-    return _binary_conv_both(bits, filters, scale, shift, residual, layer)
+def binary_conv_clip(bits: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tensor | None = None,
+                     gain: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
+                     low: float = -math.inf, high: float = math.inf, whole: bool = True,
+                     signs: bool = False) -> tuple[Tensor | None, Tensor | None]:
+    """What affine_clip makes of binary_conv's answer, in one pass and with the same numbers."""
+    y, out = _binary_conv_clip(bits, filters, scale, gain, shift, residual, low, high, whole, signs, layer)
+    return y if whole else None, out if signs else None
 
 
 def binary_conv_sign(bits: Tensor, filters: Tensor, layer: BinaryLayer, threshold: Tensor,
@@ -227,8 +229,8 @@ def bit_weight_conv(x: Tensor, filters: Tensor, layer: BinaryLayer, scale: Tenso
                     shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Convolution of x uint8 (n c h w) with +-1: arranged filters -> int32 (n o p q), channels last, exact.
 
-    With a scale, shift (o) or residual (n o p q), float32, it is that of binary_conv: float32. The border counts as
-    layer.pad_value, 0 to 255. Fastest where x lies channels last.
+    With a scale, shift (o) or residual (n o p q), float32, it is float32: scale*sum + shift, rounded once where the CPU
+    fuses it, + residual. The border counts as layer.pad_value, 0 to 255. Fastest where x lies channels last.
     """
     return _bit_weight_conv(x, filters, scale, shift, residual, layer)
 

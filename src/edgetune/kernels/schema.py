@@ -42,6 +42,7 @@ class Op(NamedTuple):
 
 _POOL = "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, int dil_h, int dil_w"
 _AFFINE = "Tensor? scale, Tensor? shift, Tensor? residual"
+_CLIP = "Tensor? gain, Tensor? shift, Tensor? residual, float low, float high, bool whole, bool signs"
 
 _WINDOWS = "int[] stride, int[] pads, int[] dilation, int groups"
 
@@ -78,11 +79,10 @@ OPS |= _ops(meta_binary, fallback_binary, native_binary, {
     "sign_pack": "(Tensor x) -> Tensor",
     "sign_unpack": "(Tensor bits, int channels) -> Tensor",
     "arrange_filters": "(Tensor bits, int channels, int groups=1) -> Tensor",
-    "binary_conv": f"(Tensor bits, Tensor filters, {_AFFINE}, int[] layer) -> Tensor",
-    "binary_conv_both": f"(Tensor bits, Tensor filters, {_AFFINE}, int[] layer) -> (Tensor, Tensor)",
+    "binary_conv": "(Tensor bits, Tensor filters, Tensor? scale, int[] layer) -> Tensor",
+    "binary_conv_clip": f"(Tensor bits, Tensor filters, Tensor? scale, {_CLIP}, int[] layer) -> (Tensor, Tensor)",
     "binary_conv_sign": "(Tensor bits, Tensor filters, Tensor threshold, Tensor? flip, int[] layer) -> Tensor",
-    "affine_clip": "(Tensor x, Tensor? gain, Tensor? shift, Tensor? residual, float low, float high, bool whole, "
-                   "bool signs) -> (Tensor, Tensor)",
+    "affine_clip": f"(Tensor x, {_CLIP}) -> (Tensor, Tensor)",
     "bit_weight_conv": f"(Tensor x, Tensor filters, {_AFFINE}, int[] layer) -> Tensor",
 })
 OPS |= _ops(meta_adder, fallback_adder, native_adder, {

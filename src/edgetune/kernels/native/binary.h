@@ -58,9 +58,11 @@ static inline int row_is_met(const convolution *c, int64_t row) {
     return 0;
 }
 
-/* What becomes of the sums: y (n p q o), bits of its sign or of sums that are at least `limits`, or both. */
+/* What becomes of the sums, times scale: gain and shift of a norm, a residual, bounds. y (n p q o), bits of its sign or
+ * of sums that are at least `limits`, or both. */
 typedef struct {
-    const float *scale, *shift, *residual;
+    const float *scale, *gain, *shift, *residual;
+    float low, high;
     const int32_t *limits;
     const uint8_t *flips;
     float *y;

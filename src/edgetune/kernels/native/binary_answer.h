@@ -19,7 +19,7 @@ static inline v8 dots_of(float products, const uint16_t *sums, const uint32_t *w
 typedef struct {
     int64_t first, count;
     uint64_t flips;
-    float scale[STRIPE], shift[STRIPE], limits[STRIPE];
+    float scale[STRIPE], gain[STRIPE], shift[STRIPE], limits[STRIPE];
 } stripe;
 
 /* Dots lie within 2^24, where floats are exact, so limits may be brought there. */
@@ -31,29 +31,37 @@ static void read_stripe(const answer *a, int64_t first, int64_t count, stripe *s
     for (int64_t k = 0; k < STRIPE; k++) {
         int32_t limit = a->limits && k < count ? a->limits[first + k] : 0;
         s->scale[k] = a->scale && k < count ? a->scale[first + k] : 1;
+        s->gain[k] = a->gain && k < count ? a->gain[first + k] : 1;
         s->shift[k] = a->shift && k < count ? a->shift[first + k] : 0;
         s->limits[k] = (float)(limit > most ? most : limit < -most ? -most : limit);
         if (a->flips && k < count && a->flips[first + k]) s->flips |= (uint64_t)1 << k;
     }
 }
 
-/* What is asked for, constant where it matters: floats, with something added, of whole stripes; signs. */
-typedef struct { int floats, added, whole, signs; } wanted;
+/* What is asked for, constant where it matters: floats, by a norm, with something added; signs; of whole stripes. */
+typedef struct { int floats, normed, added, signs, whole; } wanted;
+
+static inline wanted wanted_of(const answer *a) {
+    return (wanted){a->limits == NULL, a->gain != NULL, a->residual != NULL, a->bits != NULL, 0};
+}
 
 /* One pixel of the answer. */
 static inline __attribute__((always_inline)) void put_pixel(const answer *a, const stripe *s, int64_t pixel,
                                                             float products, const uint16_t *sums, const uint32_t *wide,
                                                             wanted want) {
+    v8 low = v8_all(a->low), high = v8_all(a->high);
     uint64_t bits = 0;
     int64_t at = pixel * a->filters + s->first, count = want.whole ? STRIPE : s->count;
     for (int64_t k = 0; k < count; k += 8) {
         int here = want.whole ? 8 : (int)least(8, count - k);
         v8 y = dots_of(products, sums + k, wide ? wide + k : NULL);
         if (want.floats) {
-            y = v8_fma(y, v8_load(s->scale + k), v8_load(s->shift + k));
+            y = v8_mul(y, v8_load(s->scale + k));
+            if (want.normed) y = v8_fma(y, v8_load(s->gain + k), v8_load(s->shift + k));
             if (want.added) y = v8_add(y, load_few(a->residual + at + k, here));
-            if (here == 8) v8_store(a->y + at + k, y);
-            else part_store(a->y + at + k, y, here);
+            y = v8_least(high, v8_most(low, y));  /* in this order, a NaN goes through */
+            if (a->y != NULL && here == 8) v8_store(a->y + at + k, y);
+            else if (a->y != NULL) part_store(a->y + at + k, y, here);
         }
         if (want.signs) bits |= (uint64_t)v8_at_least(y, v8_load(s->limits + k)) << k;
     }
@@ -102,16 +110,15 @@ static inline __attribute__((always_inline)) void put_pixels(const binary_job *j
 
 static void put_tile(const binary_job *j, position at, int64_t pairs, int64_t first, int64_t count,
                      const uint16_t *sums, const uint32_t *wide) {
-    const answer *a = &j->a;
     stripe s;
-    read_stripe(a, first, count, &s);
-    wanted any = {a->y != NULL, a->residual != NULL, 0, a->bits != NULL};
+    read_stripe(&j->a, first, count, &s);
+    wanted any = wanted_of(&j->a);
     if (wide != NULL || count < STRIPE) put_pixels(j, &s, at, pairs, sums, wide, any);
-    else if (!any.floats) put_pixels(j, &s, at, pairs, sums, NULL, (wanted){0, 0, 1, 1});
-    else if (!any.signs && !any.added) put_pixels(j, &s, at, pairs, sums, NULL, (wanted){1, 0, 1, 0});
-    else if (!any.signs) put_pixels(j, &s, at, pairs, sums, NULL, (wanted){1, 1, 1, 0});
-    else if (!any.added) put_pixels(j, &s, at, pairs, sums, NULL, (wanted){1, 0, 1, 1});
-    else put_pixels(j, &s, at, pairs, sums, NULL, (wanted){1, 1, 1, 1});
+    else if (!any.floats) put_pixels(j, &s, at, pairs, sums, NULL, (wanted){0, 0, 0, 1, 1});
+    else if (!any.normed) put_pixels(j, &s, at, pairs, sums, NULL, (wanted){1, 0, any.added, any.signs, 1});
+    else if (!any.added) put_pixels(j, &s, at, pairs, sums, NULL, (wanted){1, 1, 0, any.signs, 1});
+    else if (!any.signs) put_pixels(j, &s, at, pairs, sums, NULL, (wanted){1, 1, 1, 0, 1});
+    else put_pixels(j, &s, at, pairs, sums, NULL, (wanted){1, 1, 1, 1, 1});
 }
 
 #endif

@@ -172,7 +172,7 @@ static inline __attribute__((always_inline)) void depthwise_row(const binary_job
     const convolution *c = &j->c;
     const answer *a = &j->a;
     int64_t first = 64 * at->word, count = least(WIDE, c->groups - first);
-    wanted want = {a->y != NULL, a->residual != NULL, 0, a->bits != NULL};
+    wanted want = wanted_of(a);
     wide plane[PLANES];
     for (int64_t q = 0; q < c->q; q++) {
         int64_t taps = count_planes(c, at, row, q, planes, plane), pixel = row * c->q + q;
@@ -224,17 +224,20 @@ static void depthwise_items(const void *job, int64_t begin, int64_t end) {
 }
 
 /* sizes: as convolution_of reads them, then samples at a time.
- * scratch: 3 bytes a nibble of so many padded samples, the places of two bytes first. y, out or both are wanted. */
-void et_binary_conv_f32(const uint8_t *bits, const uint8_t *filters, const float *scale, const float *shift,
-                        const float *residual, const int32_t *limits, const uint8_t *flips, float *y, uint64_t *out,
-                        void *scratch, const int64_t *sizes, int threads) {
+ * scratch: 3 bytes a nibble of so many padded samples, the places of two bytes first. y, out or both are wanted; of
+ * limits there is no y. */
+void et_binary_conv_f32(const uint8_t *bits, const uint8_t *filters, const float *scale, const float *gain,
+                        const float *shift, const float *residual, const int32_t *limits, const uint8_t *flips,
+                        float *y, uint64_t *out, void *scratch, const int64_t *sizes, float low, float high,
+                        int threads) {
     enum { MACS_PER_BYTE = 64 };  /* what is worth a thread is told in bytes */
     binary_job j = {.c = convolution_of(sizes), .bits = bits, .filters = filters};
     const convolution *c = &j.c;
     int64_t filters_in_all = c->o * c->groups, at_once = sizes[19];
     int64_t macs = c->n * c->p * c->q * filters_in_all * c->i * c->ku * c->kv;
-    j.a = (answer){.scale = scale, .shift = shift, .residual = residual, .limits = limits, .flips = flips, .y = y,
-                   .bits = out, .filters = filters_in_all, .words = parts(filters_in_all, 64),
+    j.a = (answer){.scale = scale, .gain = gain, .shift = shift, .residual = residual, .low = low, .high = high,
+                   .limits = limits, .flips = flips, .y = y, .bits = out, .filters = filters_in_all,
+                   .words = parts(filters_in_all, 64),
                    .aligned = c->groups == 1 || c->o % 64 == 0 || is_depthwise(c)};
     if (out != NULL && !j.a.aligned) memset(out, 0, (size_t)(c->n * c->p * c->q * j.a.words) * sizeof *out);
     if (is_depthwise(c)) {
