@@ -2,8 +2,8 @@
 
 CIFAR-10, three seeds. Every arm starts from the same float weights, which have been taught all 50 000 pictures before
 (`bench.pretrain`), and sees the same batches; the schedules are far shorter than the published ones (400 epochs on all
-pictures), and stand in every line. The float network's learning rate is chosen on pictures held out, any other is that
-of the method's recipe. The first convolution, shortcuts and the head stay in float. Adder networks in few bits are the
+pictures), and stand in every line. The learning rate of the float network, and of VGG-small by additions, is chosen on pictures held
+out, any other is that of the method's recipe. The first convolution, shortcuts and the head stay in float. Adder networks in few bits are the
 trained adder network of the same seed, whose ranges and norms are then fitted to training pictures.
 """
 
@@ -95,13 +95,13 @@ class Adder(Arm):
     after: QuantizedAdder | None = None
 
 
-def adder(after: QuantizedAdder | None = None) -> Arm:
-    """The trained adder network, as it is or in few bits."""
-    method = AdderNet()
-    rates = (float(method.recipe["learning_rate"]),)
-    return Adder((after or method).label, arithmetic(method), rates=rates, after=after)
+def adders(*rates: float) -> tuple[Arm, ...]:
+    """The trained adder network, as it is and in few bits."""
+    few = (None, *(QuantizedAdder(bits=bits) for bits in (8, 6, 5, 4)))
+    return tuple(Adder((after or ADDER).label, arithmetic(ADDER), rates=rates, after=after) for after in few)
 
 
+ADDER = AdderNet()
 ARMS = (
     Arm(PLAIN, unfrozen("adamw")),
     by(XNOR()),
@@ -109,8 +109,6 @@ ARMS = (
     by(DIRNet()),
     by(DIRNet(), DISTILLED),
     by(XNOR(activations=False)),
-    adder(),
-    *(adder(QuantizedAdder(bits=bits)) for bits in (8, 6, 5, 4)),
 )
 
 
@@ -179,9 +177,9 @@ GRID = Grid(
     "arithmetic",
     (RESNET20, VGG_SMALL),
     (
-        *((RESNET20, arm) for arm in ARMS),
+        *((RESNET20, arm) for arm in (*ARMS, *adders(float(ADDER.recipe["learning_rate"])))),
         (RESNET20, by(DIRNet(), ALIGNED)),  # VGG-small has no blocks whose maps could be compared
-        *((VGG_SMALL, arm) for arm in ARMS),
+        *((VGG_SMALL, arm) for arm in (*ARMS, *adders(0.003, 0.01, 0.03))),  # learns nothing at the recipe's rate
     ),
     study=study,
     search=adapt,
