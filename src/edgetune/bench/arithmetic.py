@@ -3,9 +3,9 @@
 CIFAR-10, three seeds. Every arm starts from the same float weights, which have been taught all 50 000 pictures before
 (`bench.pretrain`), and sees the same batches; the schedules are far shorter than the published ones (400 epochs on all
 pictures), and stand in every line. The learning rate of the float network, and of VGG-small by additions, is chosen on
-pictures held out, any other is that of the method's recipe. The first convolution, shortcuts and the head stay in float.
-Adder networks in few bits are the trained adder network of the same seed, whose ranges and norms are then fitted to
-training pictures.
+pictures held out, any other is that of the method's recipe. The first convolution, shortcuts and the head stay in
+float. Adder networks in few bits are the trained adder network of the same seed, whose ranges and norms are then fitted
+to training pictures.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class Adder(Arm):
 
 def adders(*rates: float) -> tuple[Arm, ...]:
     """The trained adder network, as it is and in few bits."""
-    whole, few = Adder(ADDER.label, arithmetic(ADDER), rates=rates), (QuantizedAdder(bits=bits) for bits in (8, 6, 5, 4))
+    whole = Adder(ADDER.label, arithmetic(ADDER), rates=rates)
+    few = (QuantizedAdder(bits=bits) for bits in (8, 6, 5, 4))
     return whole, *(replace(whole, method=each.label, after=each, rates=None, rate_of=whole) for each in few)
 
 
