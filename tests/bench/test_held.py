@@ -21,5 +21,6 @@ def test_rows_say_what_is_kept() -> None:
     assert tuple(kept) == methods
     assert max(kept["2-bit kept"], kept["COMET"]) < kept["exact"] / 4 < rows[0]["kept_bytes_baseline"] / 4
     assert kept["sqrt(n) stretches"] < kept["exact"]
-    assert peaks["planned stretches"] <= 1.03 * min(peaks["sqrt(n) stretches"], peaks["exact"])
+    # stretches are planned for maps in contiguous order: tests/test_stretches.py compares them with sqrt(n) ones there
+    assert kept["planned stretches"] < kept["exact"] and peaks["planned stretches"] <= peaks["exact"]
     assert all(row["baseline_ms"] > 0 and row["peak_bytes"] > 0 for row in rows)
