@@ -47,7 +47,7 @@ def tested(trainee: Trainee, bench: Bench, split: Split) -> Line:
     kept = kept_for_backward(trainee.model, source.seen(train[:BATCH], 0))
     trainee.model.eval()
     with torch.no_grad():
-        logits = torch.cat([trainee.model(source.seen(part, None)) for part in _chunks(test, 100)])
+        logits = torch.cat([trainee.model(source.seen(part, None)) for part in chunks(test, 100)])
     correct, loss = logits.argmax(1) == labels[test], F.cross_entropy(logits, labels[test])
     return {
         "accuracy": 100 * float(correct.double().mean()),
@@ -73,7 +73,7 @@ def _train(trainee: Trainee, bench: Bench, train: Sequence[int], rate: float, se
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         rate,
-        total_steps=epochs * len(_chunks(train, BATCH)),
+        total_steps=epochs * len(chunks(train, BATCH)),
         pct_start=WARM_UP,
         cycle_momentum=False,
     )
@@ -82,7 +82,7 @@ def _train(trainee: Trainee, bench: Bench, train: Sequence[int], rate: float, se
     for epoch in range(epochs):
         order = [train[i] for i in permutation(len(train), "order", seed, epoch)]
         steps = []
-        for number, chosen in enumerate(_chunks(order, BATCH)):
+        for number, chosen in enumerate(chunks(order, BATCH)):
             advance(trainee.model, (epoch + number * BATCH / len(train)) / epochs)
             x, y, started = source.seen(chosen, epoch), labels[chosen], now()
             loss, norm = step(trainee, optimizer, x, y, recipe.clip)
@@ -118,5 +118,6 @@ def step(
     return float(loss.detach()), float(norm)
 
 
-def _chunks(items: Sequence[int], size: int) -> list[list[int]]:
+def chunks(items: Sequence[int], size: int) -> list[list[int]]:
+    """The items in their order, so many at a time."""
     return [list(items[first : first + size]) for first in range(0, len(items), size)]

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from edgetune.bench.adapt import adapt, tested, trained, trainee_of
-from edgetune.bench.arms import BATCH, Arm, arithmetic, unfrozen
+from edgetune.bench.adapt import adapt, chunks, tested, trained, trainee_of
+from edgetune.bench.arms import BATCH, Arm, Trainee, arithmetic, unfrozen
 from edgetune.bench.cases import Bench, Case, Recipe, pupil
 from edgetune.bench.cells import Line, cell_key, written_once
 from edgetune.bench.grid import PLAIN, Grid, GridOptions
@@ -131,8 +131,8 @@ def packed(model: nn.Module, bench: Bench, test: Sequence[int]) -> Line:
     few, simulated = PackedNetwork(pack(model, source.seen(test[:1], None).shape)), rounded(model)
     both = []
     with torch.no_grad():
-        for first in range(0, len(test), AT_ONCE):
-            x = source.seen(test[first : first + AT_ONCE], None).contiguous(memory_format=torch.channels_last)
+        for part in chunks(test, AT_ONCE):
+            x = source.seen(part, None).contiguous(memory_format=torch.channels_last)
             both.append(torch.stack((few(x), simulated(x))))
     ours, theirs = torch.cat(both, dim=1)
     return {
@@ -140,6 +140,11 @@ def packed(model: nn.Module, bench: Bench, test: Sequence[int]) -> Line:
         "packed_other": int((ours.argmax(1) != theirs.argmax(1)).sum()),
         "packed_apart": float((ours - theirs).abs().max()),
     }
+
+
+def answers(trainee: Trainee, bench: Bench, split: Split) -> Line:
+    """What the network says of the test pictures, and its packed form."""
+    return {**tested(trainee, bench, split), **packed(trainee.model, bench, split[1])}
 
 
 FITTED_TO = 8
@@ -152,7 +157,7 @@ def study(bench: Bench, arm: Arm, split: Split, rate: float, seed: int) -> Line:
         return _added(bench, arm, split, rate, seed)
     started = time.perf_counter()
     trainee, curve = trained(bench, arm, split, rate, seed)
-    found = {**tested(trainee, bench, split), **packed(trainee.model, bench, split[1])}
+    found = answers(trainee, bench, split)
     return {**found, "curve": curve, "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -169,10 +174,8 @@ def _added(bench: Bench, arm: Adder, split: Split, rate: float, seed: int) -> Li
     if arm.after is not None:
         # pictures lie class by class
         drawn = [split[0][i] for i in permutation(len(split[0]), "fitted", seed)[: FITTED_TO * BATCH]]
-        parts = [drawn[first : first + BATCH] for first in range(0, len(drawn), BATCH)]
-        quantize_layers(trainee.model, arm.after, [source.seen(part, None) for part in parts])
-    found = tested(trainee, bench, split)
-    return {**found, **packed(trainee.model, bench, split[1]), "curve": [], "seconds": None}
+        quantize_layers(trainee.model, arm.after, [source.seen(part, None) for part in chunks(drawn, BATCH)])
+    return {**answers(trainee, bench, split), "curve": [], "seconds": None}
 
 
 GRID = Grid(

@@ -2,8 +2,8 @@
  *
  * Filters lie in blocks of LANES of one group, (group block u v byte LANES): one byte has the bits of 8 input channels,
  * lowest first, of one filter; of a block, filter j is at lane 2j and filter LANES/2 + j at lane 2j+1, such that sums
- * of the even and the odd lanes are in the order of filters. What fills the last block and the last byte is 0. Filters of
- * depthwise layers lie as depthwise.h says. */
+ * of the even and the odd lanes are in the order of filters. What fills the last block and the last byte is 0. Filters
+ * of depthwise layers lie as depthwise.h says. */
 #ifndef EDGETUNE_BINARY_H
 #define EDGETUNE_BINARY_H
 

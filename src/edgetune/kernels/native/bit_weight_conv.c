@@ -192,8 +192,8 @@ void et_bit_weight_conv_f32(const uint8_t *x, const uint8_t *filters, const floa
     int64_t at_once = sizes[19];
     j.a = (answer){.scale = scale, .shift = shift, .residual = residual, .y = y, .filters = c->o * c->groups};
     if (is_depthwise(c)) {
-        et_parallel(depthwise_bytes, &j, c->n * c->p * parts(c->groups, STRIPE), c->n * c->p * c->q * c->groups * c->ku * c->kv,
-                    threads);
+        et_parallel(depthwise_bytes, &j, c->n * c->p * parts(c->groups, STRIPE),
+                    c->n * c->p * c->q * c->groups * c->ku * c->kv, threads);
         return;
     }
     j.depth = 8 * c->bytes;

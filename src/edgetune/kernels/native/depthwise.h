@@ -79,18 +79,20 @@ static inline void byte_sums_of(const convolution *c, const uint8_t *x, const in
     int16_t acc[STRIPE] = {0};
     uint8_t border[STRIPE];
     memset(border, (int)c->pad, sizeof border);
-    for (int64_t u = 0; u < c->ku; u++)
+    int64_t sample = row / c->p, p = row % c->p;
+    for (int64_t u = 0; u < c->ku; u++) {
+        int64_t y = met(p, c->stride_h, c->top, u, c->dil_h, c->h);
         for (int64_t v = 0; v < c->kv; v++) {
-            int64_t y = met(row % c->p, c->stride_h, c->top, u, c->dil_h, c->h);
             int64_t z = met(q, c->stride_w, c->left, v, c->dil_w, c->w);
             const uint8_t *from = border;
-            if (y >= 0 && z >= 0) from = x + ((row / c->p * c->h + y) * c->w + z) * c->groups + first;
+            if (y >= 0 && z >= 0) from = x + ((sample * c->h + y) * c->w + z) * c->groups + first;
             const int16_t *weights = w[u * c->kv + v];
             if (count == STRIPE)
                 for (int k = 0; k < STRIPE; k++) acc[k] = (int16_t)(acc[k] + from[k] * weights[k]);
             else
                 for (int64_t k = 0; k < count; k++) acc[k] = (int16_t)(acc[k] + from[k] * weights[k]);
         }
+    }
     for (int k = 0; k < STRIPE; k++) sums[k] = acc[k];
 }
 
